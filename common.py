@@ -1,0 +1,582 @@
+"""What several scripts share and no paper has an opinion on: ViT and text transformer, ranks, randomness, precision, schedule,
+command line, checkpoints, log. Nothing here knows a loss.
+
+Dimension key: B rows of this rank, W ranks, N patches, L text tokens, D width, H heads.
+Read ViT and Block (the models), then gather and average_gradients (what makes W ranks one run), then Log (what a step tells the others).
+"""
+import argparse, contextlib, dataclasses, difflib, inspect, json, math, os, re, resource, signal, sys, time, zipfile
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.rendezvous import rendezvous
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+SIZES = {"ti": (192, 12, 3), "s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "h": (1280, 32, 16), "g": (1536, 36, 24)}
+ELSEWHERE = "out data docs labels val workers log_every save_every eval_every compile micro grad_checkpoint fresh timeout dry_run".split()
+
+
+class UserError(Exception):
+    """A mistake of the person at the keyboard, told in one line: the thing, its value, the remedy. Exit code 2."""
+
+
+# ---- models ----
+
+def attention(q, k, v, mask=None, causal=False):
+    """Scaled dot-product attention; q, k, v (B, H, L, D/H). mask: None, bool (True = may attend), or a FlexAttention BlockMask."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:   # two matrix products: SDPA's bf16 backward on CPU is 10 to 40 times slower
+        if mask is None and causal:
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+        scores = q * q.shape[-1] ** -0.5 @ k.mT
+        return (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(-1, torch.float32).to(v.dtype) @ v
+    if mask is None or isinstance(mask, torch.Tensor):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None)
+    from torch.nn.attention.flex_attention import flex_attention   # its import costs a second that only packed documents need
+    return flex_attention(q, k, v, block_mask=mask)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention under timm's names: qkv rows are all of q, then k, then v, inside each head by head."""
+    def __init__(self, dim, heads):
+        super().__init__()
+        assert dim % heads == 0, f"dim {dim} must divide into {heads} heads"
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x, mask=None, causal=False):
+        B, L, D = x.shape
+        q, k, v = self.qkv(x).view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)   # each (B, H, L, D/H)
+        return self.proj(attention(q, k, v, mask, causal).transpose(1, 2).reshape(B, L, D))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block (ViT, arXiv 2010.11929, Eq. 2-3)."""
+    def __init__(self, dim, heads, mlp_ratio=4):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(mlp_ratio * dim))
+
+    def forward(self, x, mask=None, causal=False):           # x (B, L, D)
+        x = x + self.attn(self.norm1(x), mask, causal)
+        return x + self.mlp(self.norm2(x))
+
+
+def run_blocks(blocks, x, mask=None, causal=False, recompute=False):
+    for block in blocks:
+        x = checkpoint(block, x, mask, causal, use_reentrant=False) if recompute and x.requires_grad else block(x, mask, causal)
+    return x
+
+
+def init_weights(module):
+    """Truncated normal 0.02 for matrices and embeddings, zero biases: timm's ViT and BERT agree on it."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+def sincos(grid, dim):
+    """Fixed 2-D sine-cosine positions (grid * grid, dim), as MAE stores them: the first half of the width tells the column, the second the row."""
+    omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    angle = torch.arange(grid, dtype=torch.float64)[:, None] * omega                             # (grid, dim/4)
+    table = torch.cat([angle.sin(), angle.cos()], 1)                                             # (grid, dim/2)
+    return torch.cat([table.repeat(grid, 1), table.repeat_interleave(grid, 0)], 1).float()
+
+
+class ViT(nn.Module):
+    """Vision transformer whose names, shapes and numerics are timm's vit_*_patch*_224 without head, so weights travel both ways.
+
+    images (B, 3, S, S): uint8, normalised here on the device, or float, taken as already normalised.
+    """
+    def __init__(self, image_size, patch, dim, depth, heads, mlp_ratio=4, cls=True, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), fixed=False):
+        super().__init__()
+        if image_size % patch:
+            raise UserError(f"--image-size {image_size} is not divisible by --patch {patch}: try {image_size // patch * patch or patch}")
+        self.patch, self.grid, self.recompute = patch, image_size // patch, False
+        self.patch_embed = nn.Module()
+        self.patch_embed.proj = nn.Conv2d(3, dim, patch, patch)   # holds weights in timm's shape; forward uses them as a matrix
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if cls else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, cls + self.grid ** 2, dim), requires_grad=not fixed)
+        self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.apply(init_weights)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(dim, -1))                      # MAE: as a linear layer
+        nn.init.zeros_(self.patch_embed.proj.bias)
+        for table in [self.pos_embed] + [self.cls_token] * cls:
+            nn.init.trunc_normal_(table, std=0.02)
+        if fixed:
+            self.pos_embed.data = F.pad(sincos(self.grid, dim), (0, 0, int(cls), 0))[None]       # the class token's row is zero
+
+    def patches(self, images):
+        """(B, 3, S, S) -> (B, N, 3 * patch^2), row by row, each in the order (channel, y, x) of the convolution's weight."""
+        if not images.is_floating_point():
+            images = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
+        B, p, g = len(images), self.patch, self.grid
+        return images.view(B, 3, g, p, g, p).permute(0, 2, 4, 1, 3, 5).reshape(B, g * g, 3 * p * p)
+
+    def forward(self, images, ids_keep=None, tap=None, upto=None):
+        """Tokens (B, [1+]N, D) after the final norm. ids_keep (B, K): only these patches enter. tap=k: also the tokens after k blocks,
+        not normalised. upto=k: stop after k blocks and return those alone."""
+        x, position = self.patches(images), self.pos_embed[:, self.pos_embed.shape[1] - self.grid ** 2:]
+        if ids_keep is not None:                                                                 # dropped before anything is computed on them
+            x = x.gather(1, ids_keep[..., None].expand(-1, -1, x.shape[2]))
+            position = position[0][ids_keep]
+        x = F.linear(x, self.patch_embed.proj.weight.flatten(1), self.patch_embed.proj.bias) + position
+        if self.cls_token is not None:
+            x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1).to(x.dtype), x], 1)
+        k = upto if upto is not None else tap if tap is not None else len(self.blocks)
+        tapped = run_blocks(self.blocks[:k], x, recompute=self.recompute)
+        if upto is not None:
+            return tapped
+        x = self.norm(run_blocks(self.blocks[k:], tapped, recompute=self.recompute))
+        return x if tap is None else (x, tapped)
+
+
+class TextTransformer(nn.Module):
+    """Token and learned position embeddings, pre-norm blocks, final norm. causal: a token sees only itself and what came before."""
+    def __init__(self, vocab, length, dim, depth, heads, causal):
+        super().__init__()
+        self.causal, self.recompute = causal, False
+        self.token_embed = nn.Embedding(vocab, dim)
+        self.pos_embed = nn.Parameter(torch.zeros(length, dim))
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.apply(init_weights)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    def forward(self, tokens, valid):                        # both (B, L); valid is True on text, False on the padding behind it
+        x = self.token_embed(tokens) + self.pos_embed[:tokens.shape[1]]
+        mask = None if self.causal else valid[:, None, None, :]   # padding comes last: a causal mask alone keeps it out of sight
+        return self.norm(run_blocks(self.blocks, x, mask, self.causal, self.recompute))
+
+
+def unit(x):
+    """x / |x| along the last dimension, in float32 at least."""
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+
+
+def in_chunks(fn, micro, *rows):
+    """fn(*rows) -> tuple of tensors with one row per input row, `micro` rows at a time, recomputed in backward: same result, less memory."""
+    if not micro or micro >= len(rows[0]):
+        return fn(*rows)
+    parts = [checkpoint(fn, *chunk, use_reentrant=False) for chunk in zip(*(r.split(micro) for r in rows))]
+    return tuple(torch.cat(column) for column in zip(*parts))
+
+
+# ---- ranks ----
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def print0(*args):
+    if rank() == 0:
+        tqdm.write(" ".join(map(str, args)), file=sys.stdout)
+        sys.stdout.flush()
+
+
+_store, _turns = None, 0
+
+
+def join(timeout=600):
+    """Enter the process group that torchrun announces (once per process). Returns this rank's device."""
+    global _store
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        _store, r, w = next(rendezvous("env://"))
+        dist.init_process_group("nccl" if cuda else "gloo", store=dist.PrefixStore("group", _store), rank=r, world_size=w,
+                                timeout=timedelta(seconds=timeout))
+    return device
+
+
+def start(cfg):
+    """Check what concerns ranks, join them, make out/, seed. Returns the device."""
+    device = join(cfg.timeout)
+    if cfg.batch % world():
+        raise UserError(f"--batch {cfg.batch} is the global batch and does not divide into {world()} ranks: try {-(-cfg.batch // world()) * world()}")
+    if cfg.micro and cfg.batch // world() % cfg.micro:
+        raise UserError(f"--micro {cfg.micro} does not divide the {cfg.batch // world()} rows of a rank")
+    os.makedirs(cfg.out, exist_ok=True)
+    torch.manual_seed(cfg.seed)                              # the same initial weights on every rank: nothing broadcasts them later
+    return device
+
+
+def rank0_first(make):
+    """Rank 0 runs make() while the others wait on the store, where no collective's timeout applies; then they run it and find it done."""
+    global _turns
+    _turns += 1
+    if world() > 1 and rank() > 0 and _store is not None:
+        _store.wait([f"turn{_turns}"], timedelta(days=7))
+    made = make()
+    if world() > 1 and rank() == 0 and _store is not None:
+        _store.set(f"turn{_turns}", "done")
+    return made
+
+
+def all_gather(x):
+    """(B, ...) -> (W * B, ...) in rank order; carries no gradient (gather does)."""
+    if world() == 1:
+        return x
+    out = x.new_empty(world() * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(out, x.detach().contiguous())
+    return out
+
+
+def reduce_scatter(x):
+    """(W * B, ...) -> (B, ...): the sum over ranks of this rank's rows."""
+    if world() == 1:
+        return x
+    out = x.new_empty(len(x) // world(), *x.shape[1:])
+    dist.reduce_scatter_tensor(out, x.contiguous())
+    return out
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return all_gather(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return reduce_scatter(grad)                          # SUM: each rank's loss is a mean over its own rows, and gradients are averaged later
+
+
+def gather(x):
+    """(B, ...) -> (W * B, ...) in rank order, with exact gradients when rank losses are shares whose mean is the loss."""
+    return _Gather.apply(x) if world() > 1 else x
+
+
+def average_gradients(params, bucket=2 ** 24):
+    """Replace every gradient by its mean over ranks. None on all ranks stays None; None on some counts as zero."""
+    params = [p for p in params if p.requires_grad]
+    if world() == 1 or not params:
+        return
+    while params:
+        take, size = 0, 0
+        while take < len(params) and (take == 0 or size + params[take].numel() <= bucket):       # 64 MiB of float32 a collective
+            size += params[take].numel()
+            take += 1
+        group, params = params[:take], params[take:]
+        absent = [p.grad is None for p in group]
+        flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in group]
+                         + [torch.tensor(absent, dtype=group[0].dtype, device=group[0].device)])
+        dist.all_reduce(flat)
+        nobody = (flat[size:] == world()).tolist() if any(absent) else absent                    # a host sync only where something is missing
+        for p, part, none in zip(group, (flat[:size] / world()).split([p.numel() for p in group]), nobody):
+            p.grad = None if none else part.view_as(p)
+
+
+# ---- randomness: never depends on rank, world size or worker ----
+
+def generator(*key):
+    """A CPU generator for integers such as (seed, step)."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+
+
+def row_noise(cfg, step, *shape):
+    """Uniform noise (B, *shape) for this rank's rows of step `step`: drawn for the whole global batch, so rows keep theirs on any number of ranks."""
+    table = torch.rand(cfg.batch, *shape, generator=generator(cfg.seed, step))
+    return table.chunk(world())[rank()]
+
+
+# ---- precision and schedule ----
+
+def fast_bf16(device):
+    """Has this device bf16 arithmetic? (x86 CPUs without it emulate it, slower than float32.)"""
+    names = getattr(torch.cpu, "get_capabilities", dict)()
+    return device.type == "cuda" or any(names.get(n) for n in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def autocast(cfg, device):
+    if cfg.precision not in ("auto", "bf16", "fp32"):
+        raise UserError(f"--precision {cfg.precision}: choose auto, bf16 or fp32")
+    on = cfg.precision == "bf16" or cfg.precision == "auto" and fast_bf16(device)
+    return torch.autocast(device.type, torch.bfloat16, enabled=on)
+
+
+def compiled(module, cfg, device):
+    """The module to call: compiled by default on CUDA; the parameters and their names stay those of `module`."""
+    return torch.compile(module) if cfg.compile or cfg.compile is None and device.type == "cuda" else module
+
+
+def lr_at(step, cfg, peak):
+    """Linear from 0 to peak over the warm-up, then linear or cosine to 0 at cfg.steps."""
+    warmup = min(cfg.warmup, cfg.steps // 10)
+    if step < warmup:
+        return peak * step / warmup
+    done = (step - warmup) / max(1, cfg.steps - warmup)
+    return peak * (1 - done if cfg.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2)
+
+
+# ---- command line ----
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        flag = re.search(r"unrecognized arguments: (\S+)", message)
+        near = difflib.get_close_matches(flag[1].split("=")[0], self._option_string_actions, 1) if flag else []
+        raise UserError(message + (f": did you mean {near[0]}?" if near else f": {self.prog} -h lists the flags"))
+
+
+def parse(Config, demo, doc="", argv=None):
+    """Command line -> Config. One flag per field; its help is the field's trailing comment. Without --data, --docs, --labels the
+    overrides in `demo` stand between the defaults and the flags."""
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    comment = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
+    for f in dataclasses.fields(Config):
+        flag, note = "--" + f.name.replace("_", "-"), comment.get(f.name, "").replace("%", "%%")
+        shown = f"{note} [{f.default}" + (f"; demo {demo[f.name]}]" if f.name in demo else "]")
+        how = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"nargs": "+"} if f.type is list else {"type": f.type, "metavar": ""}
+        parser.add_argument(flag, default=argparse.SUPPRESS, help=shown, **how)
+    given = vars(parser.parse_args(argv))
+    values = dict(given) if given.keys() & {"data", "docs", "labels"} else {**demo, **given}
+    if "size" in given:
+        if given["size"] not in SIZES:
+            raise UserError(f"--size {given['size']}: choose one of {' '.join(SIZES)}")
+        values.update({k: v for k, v in zip(("dim", "depth", "heads"), SIZES[given["size"]]) if k not in given})
+    wrong = [f"--{k.replace('_', '-')} {v}" for k, v in values.items() if isinstance(v, (int, float)) and v < (k in ("batch", "steps")) - (k == "eval_every")]
+    if wrong:
+        raise UserError(f"{', '.join(wrong)}: too small")
+    return Config(**values)
+
+
+def guard(main):
+    """Entry point of every script: run main() and turn a UserError into its one line and exit code 2."""
+    code = 0
+    try:
+        main()
+    except UserError as error:
+        time.sleep(2 * (rank() > 0))                         # the same mistake on every rank is told once: rank 0's exit ends the others
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(code)
+
+
+# ---- checkpoints: plain tensors, numbers and strings; never a pickle of ours ----
+
+def read_checkpoint(path):
+    """The dict that save() wrote. Raises ValueError for anything else: torch alone does not check the archive's CRCs."""
+    try:
+        if (bad := zipfile.ZipFile(path).testzip()) is not None:
+            raise ValueError(f"member {bad} is damaged")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or "method" not in state:
+            raise ValueError("it is not one of our checkpoints")
+        return state
+    except FileNotFoundError:
+        raise
+    except Exception as error:                               # zip, pickle and torch each have their own words for a bad file
+        raise ValueError(f"{path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
+
+
+def save(cfg, model, opt, step, vocab, log):
+    """Rank 0 writes out/last.pt; the one before becomes prev.pt. At every moment one of the two is whole."""
+    if rank():
+        return
+    state = {"method": type(model).__name__, "config": dataclasses.asdict(cfg), "vocab": vocab, "step": step,
+             "model": model.state_dict(), "optimizer": opt.state_dict()}
+    last, prev, tmp = (os.path.join(cfg.out, name) for name in ("last.pt", "prev.pt", "last.pt.tmp"))
+    try:
+        with open(tmp, "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        if os.path.exists(last):
+            os.replace(last, prev)
+        os.replace(tmp, last)
+        folder = os.open(cfg.out, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    except (OSError, RuntimeError) as error:                 # torch turns a full disk into a RuntimeError
+        with contextlib.suppress(OSError):
+            os.remove(tmp)
+        print0(f"warning: checkpoint of step {step} was not written ({str(error).splitlines()[0]}); the one before is kept, the next save tries again")
+    else:
+        log.saved = step
+
+
+def resume(cfg, method):
+    """State dict to go on from, or None for a new run. Refuses another method or another recipe; falls back to prev.pt."""
+    if cfg.fresh and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
+        return None
+    state, problems = None, []
+    for name in ("last.pt", "prev.pt"):
+        try:
+            state = state or read_checkpoint(os.path.join(cfg.out, name))
+        except FileNotFoundError:
+            pass
+        except ValueError as error:
+            problems.append(str(error))
+            print0(f"warning: unreadable checkpoint {error}; trying the one before")
+    if state is None:
+        if problems:
+            raise UserError(f"no readable checkpoint in {cfg.out} ({'; '.join(problems)}): --fresh starts anew")
+        return None
+    if state["method"] != method:
+        raise UserError(f"--out {cfg.out} holds a run of {state['method']}, not of {method}: choose another --out, or --fresh")
+    now, then = dataclasses.asdict(cfg), state["config"]
+    changed = [f"--{k.replace('_', '-')} {then.get(k)} -> {now[k]}" for k in now if k not in ELSEWHERE and then.get(k) != now[k]]
+    if changed:
+        raise UserError(f"--out {cfg.out} holds a run with other settings ({', '.join(changed)}): repeat them, choose another --out, or --fresh")
+    return state
+
+
+def restore(state, model, opt):
+    """Load what resume() returned; the step to go on from."""
+    if state is None:
+        return 0
+    model.load_state_dict(state["model"])
+    opt.load_state_dict(state["optimizer"])
+    return state["step"]
+
+
+def describe(cfg, device, model, index, plan, first, peak):
+    """The lines a run opens with; config.json."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    print0(f"{type(model).__name__}: {millions:.1f} M parameters, {world()} rank(s) on {name}, {'bf16' if autocast(cfg, device)._enabled else 'fp32'}")
+    size = sum(map(os.path.getsize, index.paths)) / 1e9
+    print0(f"data: {len(index.paths)} shards, {len(index):,} samples, {size:.2f} GB, first key {index.first_key}")
+    for path, notes in list(index.notes.items())[:5]:
+        print0(f"warning: {path}: {', '.join(f'{k} ({n})' for k, n in notes.items())}")
+    print0(f"{cfg.steps:,} steps of {cfg.batch} = {cfg.steps * cfg.batch / len(index):.1f} epochs, lr {cfg.lr:g} -> {peak:g}, to {cfg.out}"
+           + (f"; going on from step {first}" if first else ""))
+    if rank() == 0:
+        with open(os.path.join(cfg.out, "config.json"), "w") as f:
+            json.dump(dataclasses.asdict(cfg), f, indent=1)
+
+
+# ---- log: one line per step in log.jsonl, one tiny all-reduce per step, read one step late ----
+
+class Log:
+    """What a step tells the other ranks (loss terms, skipped samples, the wish to stop), and what the user sees of it.
+
+    Every step posts one small all-reduce and reads the one before, so the host never waits for the device. step() raises UserError on all
+    ranks together when a loss is not finite, or when more than a tenth of the last 1,000 samples could not be read.
+    """
+    def __init__(self, cfg, device, first, reasons):         # reasons: {why a sample was passed over: "hard", "soft" or "kept"}
+        self.cfg, self.device, self.reasons = cfg, device, reasons
+        self.path, self.lines, self.pending, self.saved = os.path.join(cfg.out, "log.jsonl"), [], None, first
+        self.stop, self.asked, self.totals, self.recent = False, 0.0, [0] * len(reasons), []
+        self.clock, self.waited, self.skipped = time.perf_counter(), 0.0, torch.zeros(len(reasons))
+        self.bar = tqdm(total=cfg.steps, initial=first, disable=rank() > 0, unit="step", dynamic_ncols=True, mininterval=1.0)
+        if rank() == 0:
+            self.cut(first)
+        self.handlers = {}
+        with contextlib.suppress(ValueError):                # signals belong to the main thread: elsewhere there are none to take
+            self.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+
+    def on_signal(self, number, frame):
+        now = time.monotonic()
+        if self.asked and now - self.asked > 5:              # launchers repeat a signal at once; a person repeats it when out of patience
+            os._exit(128 + number)
+        self.asked = self.asked or now
+
+    def cut(self, first):
+        """Forget lines at or beyond the checkpoint's step, and a half-written last one: those steps are about to be run again."""
+        keep = []
+        if first and os.path.exists(self.path):
+            with open(self.path) as f:
+                keep = [line for line in f if line.endswith("}\n") and json.loads(line)["step"] < first]
+        with open(self.path + ".tmp", "w") as f:
+            f.writelines(keep)
+        os.replace(self.path + ".tmp", self.path)
+
+    def next(self, batches):
+        """The next batch, on the device; notes how long it was waited for and what was skipped to fill it."""
+        began = time.perf_counter()
+        batch = next(batches)
+        self.waited, self.skipped = time.perf_counter() - began, batch.pop("skipped")
+        return {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
+
+    def step(self, step, loss, terms, lr, grad_norm, temperature=None):
+        """loss and terms (dict): 0-dim tensors, this rank's shares; their mean over ranks is logged. The rest is equal on all ranks."""
+        shares = torch.stack([loss.detach(), *(t.detach() for t in terms.values())]).double()
+        told = torch.cat([shares, torch.cat([self.skipped.double(), torch.tensor([float(self.asked > 0)])]).to(shares, non_blocking=True)])
+        work = dist.all_reduce(told, async_op=True) if world() > 1 else None
+        temperature = torch.full_like(grad_norm, math.nan) if temperature is None else temperature.to(grad_norm)
+        now = time.perf_counter()
+        took, self.clock = now - self.clock, now
+        before, self.pending = self.pending, (step, list(terms), told, work, lr, torch.stack([grad_norm.detach(), temperature]), self.waited, took)
+        if before:
+            self.read(*before)
+
+    def settle(self):
+        """Read the step just posted too: before a checkpoint, and at the end."""
+        if self.pending:
+            before, self.pending = self.pending, None
+            self.read(*before)
+        self.flush()
+
+    def read(self, step, names, told, work, lr, local, waited, took):
+        if work:
+            work.wait()
+        told, (grad_norm, temperature) = told.tolist(), local.tolist()
+        loss, *terms = [t / world() for t in told[:1 + len(names)]]
+        skipped = [int(s) for s in told[1 + len(names):-1]]
+        self.stop = told[-1] > 0
+        memory = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+            1 if sys.platform == "darwin" else 1024)
+        row = {"step": step, "samples": (step + 1) * self.cfg.batch, "loss": loss, **dict(zip(names, terms)), "lr": lr, "grad_norm": grad_norm,
+               "temperature": None if math.isnan(temperature) else temperature, "images_per_s": self.cfg.batch / took,
+               "data_wait": waited / took, "skipped": sum(s for s, kind in zip(skipped, self.reasons.values()) if kind != "kept"), "mem_gb": memory / 2 ** 30}
+        self.lines.append(json.dumps(row) + "\n")
+        self.totals = [a + b for a, b in zip(self.totals, skipped)]
+        self.bar.update()
+        if step % self.cfg.log_every == 0:
+            self.flush()
+            self.bar.set_postfix_str(f"loss {loss:.3f}, {self.cfg.batch / took:.0f} images/s, waiting for data {waited / took:.0%}")
+        if not math.isfinite(loss) or not math.isfinite(grad_norm):
+            self.flush()
+            raise UserError(f"loss {loss}, gradient norm {grad_norm} at step {step}; last good checkpoint: "
+                            + (f"{self.cfg.out}/last.pt of step {self.saved}" if self.saved else "none yet") + "; try a lower --lr")
+        self.watch(sum(s for s, kind in zip(skipped, self.reasons.values()) if kind == "hard"))
+
+    def watch(self, unreadable):
+        self.recent = (self.recent + [unreadable])[-max(1, -(-1000 // self.cfg.batch)):]
+        seen = len(self.recent) * self.cfg.batch
+        if seen >= 1000 and sum(self.recent) > 0.1 * seen:
+            raise UserError(f"{sum(self.recent)} of the last {seen} samples could not be read ({self.skips()}): python data.py check names them")
+
+    def skips(self):
+        return ", ".join(f"{n} {reason}" for n, reason in zip(self.totals, self.reasons) if n) or "none"
+
+    def flush(self):
+        if rank() == 0 and self.lines:
+            with open(self.path, "a") as f:
+                f.writelines(self.lines)
+        self.lines = []
+
+    def close(self):
+        self.bar.close()
+        for s, handler in self.handlers.items():
+            signal.signal(s, handler)

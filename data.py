@@ -1,0 +1,826 @@
+"""From tar shards to batches: index, plan, decode, tokenizer, and a built-in world of small scenes to train on without any data.
+
+    python data.py make                                        # write the built-in world under runs/
+    python data.py check '../shared/data/pairs/*.tar'          # what is wrong with these shards (exit 1 if anything is)
+    python data.py index 'cc3m/{00000..00331}.tar'             # shards, samples, first key
+    python data.py vocab 'cc3m/*.tar' --size 32000 --out vocab.json
+
+A shard is a plain tar whose neighbouring members share a key: 0001.jpg 0001.txt 0001.json. Read Index (where is every sample), Plan (which
+sample at which step), Sample (what is in it), Batches (how they meet).
+Departure from stream readers: random access by an index, so that order and resume do not depend on ranks or workers.
+"""
+import argparse, atexit, collections, dataclasses, functools, glob, hashlib, heapq, io, itertools, json, os, re, signal, sys, tarfile, tempfile, warnings
+from concurrent.futures import ProcessPoolExecutor
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from PIL import Image, ImageChops, ImageDraw, ImageOps
+from tqdm import tqdm
+
+import common
+from common import UserError, print0
+
+IMAGES = ("jpg", "jpeg", "png", "webp")
+MAX_PIXELS = 25_000_000          # open_clip's guard, checked before anything is decoded
+MAX_CAPTION = 10_000             # characters; what lies beyond cannot reach any context length here
+# Why a sample is passed over, and whether that counts towards the tenth that stops a run: "kept" is counted but delivered.
+REASONS = {"shard gone": "hard", "cut sample": "hard", "unreadable json": "hard", "no image": "hard", "unreadable image": "hard",
+           "too many pixels": "hard", "no caption": "hard", "no class": "hard", "empty caption": "soft", "caption not UTF-8": "kept"}
+
+
+class Skip(Exception):
+    """This sample cannot be used; the argument is one of REASONS."""
+
+
+def rng_for(*key):
+    """numpy Generator for a tuple of integers; the first tells streams apart, since SeedSequence takes (1, 2) and (1, 2, 0) for the same."""
+    return np.random.default_rng(key)
+
+
+# ---- which files ----
+
+def braces(pattern):
+    """{8..11} -> 8 9 10 11, {08..11} keeps the width, {a,b} -> a b, products; a brace without .. or , stays as it is."""
+    found = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
+    if not found:
+        return [pattern]
+    low, high, names = found.groups()
+    width = max(len(low), len(high)) if low and (low[0] == "0" or high[0] == "0") else 0
+    choices = names.split(",") if names else [f"{i:0{width}d}" for i in range(int(low), int(high) + 1)]
+    return [pattern[:found.start()] + c + rest for rest in braces(pattern[found.end():]) for c in choices] if len(choices) else []
+
+
+def expand(patterns, split="train"):
+    """Patterns (a string or a list; ::, braces, globs, folders) -> existing files. In a folder, train-*.tar or train/ is the training part,
+    test-* val-* test/ val/ the held-out one; where nothing tells them apart, everything is. Raises UserError for a pattern without a match."""
+    paths = []
+    for pattern in itertools.chain.from_iterable(p.split("::") for p in ([patterns] if isinstance(patterns, str) else patterns)):
+        for p in braces(os.path.expanduser(pattern)):
+            if os.path.isdir(p):
+                parts = {s: sorted(f for n in names for f in glob.glob(f"{glob.escape(p)}/{n}-*.tar") + glob.glob(f"{glob.escape(p)}/{n}/*.tar"))
+                         for s, names in (("train", ["train"]), ("test", ["test", "val"]))}
+                found = parts[split] if any(parts.values()) else sorted(glob.glob(f"{glob.escape(p)}/*.tar"))
+            else:
+                found = sorted(glob.glob(p)) if glob.has_magic(p) and not os.path.exists(p) else [p] * os.path.exists(p)
+            if not found:
+                raise UserError(f"{pattern}: no such {split} shards" + (f" (expanded to {p})" if p != pattern else "") + ": give tar files, a folder or a glob")
+            paths += found
+    return list(dict.fromkeys(paths))
+
+
+def beside(paths, *names):
+    """Lines of the first of these text files found beside the shards or one folder up; None if there is none."""
+    folder = os.path.dirname(os.path.abspath(paths[0]))
+    for path in (os.path.join(f, n) for f in (folder, os.path.dirname(folder)) for n in names):
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as f:
+                return [line.strip() for line in f if line.strip()]
+    return None
+
+
+# ---- where every sample is ----
+
+def split_name(name):
+    """Key and lower-case suffix, cut at the first dot after the last slash; (None, None) for names that belong to no sample."""
+    base = name.rsplit("/", 1)[-1]
+    if base.startswith("__") and base.endswith("__") or not 0 < base.find(".") < len(base) - 1:
+        return None, None
+    cut = len(name) - len(base) + base.index(".")
+    return name[:cut], name[cut + 1:].lower()
+
+
+ROW = np.dtype([("shard", "<i4"), ("offset", "<i8"), ("span", "<i4")])
+
+
+def scan(path):
+    """One pass over a tar's headers -> ([(offset, span)], first key, {note: count}). Python's tarfile ends silently on many cuts and on a
+    damaged header, so the block where it stopped must be the zero block that ends an archive."""
+    rows, notes, first, key, seen = [], collections.Counter(), None, None, set()
+    size = os.path.getsize(path)
+    with open(path, "rb") as f:
+        if f.read(2) == b"\x1f\x8b":
+            raise UserError(f"{path} is compressed, which rules out random access: unpack it with  gzip -dc {path} > {path.removesuffix('.gz')}"
+                            + ("" if path.endswith(".gz") else ".unpacked"))
+        f.seek(0)
+        try:
+            with tarfile.open(fileobj=f, mode="r:") as tar:
+                for member in tar:
+                    tar.members = []                         # tarfile would keep every header of the archive
+                    name, suffix = split_name(member.name) if member.isreg() else (None, None)
+                    if not name:
+                        continue
+                    if member.offset_data + member.size > size:
+                        break
+                    if name != key or suffix in seen:        # a repeated suffix starts a new sample of the same key
+                        notes["duplicate suffix"] += name == key
+                        key, seen, first = name, set(), first or name
+                        rows.append([member.offset, 0])
+                    seen.add(suffix)
+                    rows[-1][1] = member.offset_data + -(-member.size // 512) * 512 - rows[-1][0]
+                f.seek(tar.offset)
+                if f.read(512) != bytes(512):
+                    notes["cut shard"] += 1
+        except (tarfile.TarError, OSError, ValueError, EOFError):
+            notes["cut shard" if rows else "not a tar"] += 1
+    if os.path.exists(stats := path.removesuffix(".tar") + "_stats.json"):
+        try:
+            with open(stats) as f:
+                declared = json.load(f)["successes"]
+            if declared != len(rows):
+                notes[f"_stats.json declares {declared} samples, found {len(rows)}"] += 1
+        except (ValueError, KeyError, TypeError):
+            notes["unreadable _stats.json"] += 1
+    return [r for r in rows if r[1] < 2 ** 31], first, {note: n for note, n in notes.items() if n}
+
+
+class Index:
+    """Every sample of a set of shards: a memory-mapped row (shard, offset, span) each, cached under the shards' paths, sizes and times.
+
+    `notes` maps a shard to what was odd about it. Raises UserError if no sample is found.
+    """
+    def __init__(self, paths):
+        self.paths = [os.path.abspath(p) for p in paths]
+        cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "vlp-index")
+        stamps = [(p, os.path.getsize(p), os.stat(p).st_mtime_ns) for p in self.paths]
+        self.file = os.path.join(cache, hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:24])
+        if not os.path.exists(self.file + ".npy"):
+            self.build(cache)
+        with open(self.file + ".json", encoding="utf-8") as f:
+            self.starts, self.first_key, self.notes = json.load(f)
+        self.starts, self.fds = np.array(self.starts), {}
+        self.rows = np.load(self.file + ".npy", mmap_mode="r")
+        if len(self) == 0:
+            raise UserError(f"no sample in {len(paths)} shard(s), the first is {paths[0]} ({self.notes or 'empty'}): is it a tar of images?")
+
+    def build(self, cache):
+        try:
+            os.makedirs(cache, exist_ok=True)
+            with ProcessPoolExecutor(min(len(self.paths), os.cpu_count())) as pool:
+                found = list(tqdm(pool.map(scan, self.paths), "indexing", len(self.paths), unit="shard", leave=False, disable=len(self.paths) < 50))
+            rows = np.concatenate([np.array([(shard, *row) for row in f[0]], ROW) for shard, f in enumerate(found)])
+            starts = np.cumsum([0] + [len(f[0]) for f in found]).tolist()
+            notes = {p: f[2] for p, f in zip(self.paths, found) if f[2]}
+            meta = json.dumps([starts, next((f[1] for f in found if f[1]), None), notes]).encode()
+            for name, write in ((".json", lambda f: f.write(meta)), (".npy", lambda f: np.save(f, rows))):   # the rows last: they mark it complete
+                with tempfile.NamedTemporaryFile(dir=cache, delete=False) as f:
+                    write(f)
+                os.replace(f.name, self.file + name)
+        except OSError as error:
+            raise UserError(f"the index cannot be written to {cache} ({error}): set XDG_CACHE_HOME to a folder with room") from None
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __reduce__(self):                                    # a worker that is not forked maps the rows anew instead of copying them
+        return Index, (self.paths,)
+
+    def __getitem__(self, i):
+        """Sample i, its bytes read by one pread. Raises Skip."""
+        shard, offset, span = self.rows[i].item()
+        try:
+            if shard not in self.fds:
+                if len(self.fds) >= 128:                     # stay far from the limit of open files
+                    while self.fds:
+                        os.close(self.fds.popitem()[1])
+                self.fds[shard] = os.open(self.paths[shard], os.O_RDONLY)
+            raw = os.pread(self.fds[shard], span, offset)
+        except OSError:
+            raise Skip("shard gone") from None
+        if len(raw) < span:
+            raise Skip("cut sample")
+        return Sample(*unpack(raw))
+
+
+def unpack(raw):
+    """The bytes of one sample -> (key, {suffix: bytes})."""
+    members, at, key = {}, 0, None
+    try:
+        while at < len(raw):
+            info = tarfile.TarInfo.frombuf(raw[at:at + 512], "utf-8", "surrogateescape")
+            if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):    # long names and the like: tarfile knows them all
+                with tarfile.open(fileobj=io.BytesIO(raw + bytes(1024))) as tar:
+                    pairs = [(split_name(m.name), tar.extractfile(m).read()) for m in tar if m.isreg()]
+                return pairs[0][0][0], {suffix: data for (_, suffix), data in pairs if suffix}
+            name, suffix = split_name(info.name)
+            if suffix:
+                key, members[suffix] = name, raw[at + 512:at + 512 + info.size]
+            at += 512 + -(-info.size // 512) * 512
+    except (tarfile.TarError, ValueError, OSError):
+        raise Skip("cut sample") from None
+    return key, members
+
+
+# ---- what is in a sample ----
+
+class Sample:
+    """One sample's bytes, decoded on demand. Everything here raises Skip with a reason instead of failing."""
+    def __init__(self, key, members):
+        self.key, self.members, self.damaged_text = key, members, False
+
+    @functools.cached_property
+    def json(self):
+        try:
+            fields = json.loads(self.members.get("json", b"{}"))
+            return fields if isinstance(fields, dict) else {}
+        except (ValueError, RecursionError):
+            raise Skip("unreadable json") from None
+
+    def text(self, raw):
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            self.damaged_text = True
+            return raw.decode(errors="replace")
+
+    def captions(self, lines=False):
+        """All captions, white space collapsed. lines: each line of the .txt is one (evaluation tars), else the .txt is one."""
+        if "txt" in self.members:
+            text = self.text(self.members["txt"])
+            found = text.splitlines() if lines else [text]
+        else:
+            found = self.json.get("caption")
+            found = [found] if isinstance(found, str) else found
+            if not isinstance(found, list):
+                raise Skip("no caption")
+        found = [" ".join(c[:MAX_CAPTION].split()) for c in found if isinstance(c, str)]
+        if not any(found):
+            raise Skip("empty caption")
+        return [c for c in found if c]
+
+    def caption(self, rng):
+        """One caption, drawn where there are several."""
+        found = self.captions()
+        return found[int(rng.integers(len(found)))] if len(found) > 1 else found[0]
+
+    def label(self):
+        try:
+            return int(self.members["cls"])
+        except (KeyError, ValueError):
+            raise Skip("no class") from None
+
+    def image(self, near=None):
+        """RGB PIL image, upright. near: a JPEG may be decoded at a fraction of its size, both sides staying >= near."""
+        raw = next((self.members[s] for s in IMAGES if s in self.members), None)
+        if raw is None:
+            raise Skip("no image")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")              # Pillow warns of odd metadata; what matters raises
+                image = Image.open(io.BytesIO(raw), formats=("JPEG", "PNG", "WEBP"))
+                if image.width * image.height > MAX_PIXELS:
+                    raise Skip("too many pixels")
+                if near:
+                    image.draft("RGB", (near, near))
+                if image.getexif().get(0x0112, 1) != 1:
+                    image = ImageOps.exif_transpose(image)
+                if image.mode.startswith("I"):               # 16 bits: convert("RGB") would clip all but the darkest to white
+                    image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+                return image.convert("RGB")
+        except Image.DecompressionBombError:
+            raise Skip("too many pixels") from None
+        except Skip:
+            raise
+        except Exception:                                    # Pillow's decoders fail in many ways: OSError, SyntaxError, struct.error, ...
+            raise Skip("unreadable image") from None
+
+
+def squash(image, size, rng=None, flip=False):
+    """ALIGN's view (paper s5): both sides to 346/289 of `size`, then a crop, random with rng, central without. -> uint8 (3, size, size).
+
+    Squash and crop are one resize of the crop's box, so nothing outside it is computed.
+    """
+    full = round(size * 346 / 289)
+    x, y = rng.integers(0, full - size + 1, 2) if rng is not None else [(full - size) // 2] * 2
+    sx, sy = image.width / full, image.height / full
+    view = np.asarray(image.resize((size, size), Image.BILINEAR, box=(x * sx, y * sy, (x + size) * sx, (y + size) * sy)))
+    if rng is not None and flip and rng.random() < 0.5:
+        view = view[:, ::-1]
+    return np.ascontiguousarray(view.transpose(2, 0, 1))
+
+
+def centre(image, size):
+    """The usual evaluation view: short side to `size`, bicubic, central square. -> uint8 (3, size, size)."""
+    short = min(image.size)
+    x, y = (image.width - short) / 2, (image.height - short) / 2
+    view = image.resize((size, size), Image.BICUBIC, box=(x, y, x + short, y + short))
+    return np.ascontiguousarray(np.asarray(view).transpose(2, 0, 1))
+
+
+# ---- which sample at which step ----
+
+class Plan:
+    """Order of the samples: shards permuted with (seed, epoch), shuffled in windows of `window` shards, cut into global batches, tail dropped.
+
+    The batch at a step depends on (seed, step, batch) alone, so resuming costs nothing. starts: first sample of each shard, and their number.
+    """
+    def __init__(self, starts, batch, seed, window):
+        self.starts, self.batch, self.seed, self.window, self.n = starts, batch, seed, max(1, window), int(starts[-1])
+        if batch > self.n:
+            raise UserError(f"--batch {batch} is larger than the data ({self.n} samples)")
+        self.steps_per_epoch, self.cached = self.n // batch, {}
+
+    def remember(self, key, make):
+        if key not in self.cached:
+            if len(self.cached) > 8:
+                self.cached.clear()
+            self.cached[key] = make()
+        return self.cached[key]
+
+    def shards(self, epoch):
+        """Permuted shards, and the position in the epoch at which each window ends."""
+        order = rng_for(1, self.seed, epoch).permutation(len(self.starts) - 1)
+        ends = np.cumsum(np.diff(self.starts)[order])
+        return order, np.append(ends[self.window - 1:-1:self.window], ends[-1])
+
+    def shuffled(self, epoch, w):
+        order, _ = self.remember((epoch,), lambda: self.shards(epoch))
+        ids = np.concatenate([np.arange(self.starts[s], self.starts[s + 1]) for s in order[w * self.window:(w + 1) * self.window]])
+        rng_for(2, self.seed, epoch, w).shuffle(ids)
+        return ids
+
+    def sample(self, epoch, position):
+        _, ends = self.remember((epoch,), lambda: self.shards(epoch))
+        w = int(np.searchsorted(ends, position, side="right"))
+        ids = self.remember((epoch, w), lambda: self.shuffled(epoch, w))
+        return int(ids[position - (ends[w - 1] if w else 0)])
+
+    def position(self, step, row):
+        """(epoch, position in it) of a row of the global batch of a step."""
+        return step // self.steps_per_epoch, step % self.steps_per_epoch * self.batch + row
+
+
+class Batches(torch.utils.data.Dataset):
+    """Item `step`: this rank's rows of the step's global batch, {name: tensor (B, ...)}, and "skipped", counts in the order of REASONS.
+
+    example(sample, rng) -> {name: numpy array}; it may raise Skip. A position that cannot be read is filled by the next one of the epoch that
+    can, so nothing shifts. rng depends on (seed, epoch, sample) alone.
+    """
+    def __init__(self, index, plan, example, rank=0, world=1):
+        self.index, self.plan, self.example = index, plan, example
+        self.rows = range(rank * plan.batch // world, (rank + 1) * plan.batch // world)
+
+    def row(self, step, row, skipped):
+        epoch, position = self.plan.position(step, row)
+        for p in range(position, position + self.plan.n):
+            i = self.plan.sample(epoch, p % self.plan.n)
+            try:
+                sample = self.index[i]
+                made = self.example(sample, rng_for(3, self.plan.seed, epoch, i))
+                skipped["caption not UTF-8"] += sample.damaged_text
+                return made
+            except Skip as reason:
+                skipped[str(reason)] += 1
+        raise UserError(f"none of the {self.plan.n} samples can be used ({dict(skipped)}): python data.py check tells more")
+
+    def __getitem__(self, step):
+        skipped, out = collections.Counter(), {}
+        try:
+            for at, row in enumerate(self.rows):
+                for name, value in self.row(step, row, skipped).items():
+                    if name not in out:
+                        out[name] = np.empty((len(self.rows), *np.shape(value)), np.asarray(value).dtype)
+                    out[name][at] = value
+        except UserError as error:                           # an exception would reach the main process wrapped in a traceback
+            return {"error": str(error)}
+        return {**{k: torch.from_numpy(v) for k, v in out.items()}, "skipped": torch.tensor([skipped[r] for r in REASONS])}
+
+
+def _ignore_signals(_):
+    for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):    # the run finishes its step and ends its workers itself
+        signal.signal(s, signal.SIG_IGN)
+
+
+class Loader:
+    """Iterator over Batches from step `first` on, made in order by --workers processes (0: in this one), a few ahead."""
+    def __init__(self, batches, first, cfg, device):
+        cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        workers = cfg.workers if cfg.workers is not None else max(1, min(16, cores - 1))
+        ahead = {"prefetch_factor": 2, "worker_init_fn": _ignore_signals} if workers else {}
+        loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(first, cfg.steps), num_workers=workers,
+                                             pin_memory=device.type == "cuda", **ahead)
+        self.iterator = iter(loader)
+        atexit.register(self.close)                          # before multiprocessing's own hook, which would wait for workers deaf to SIGTERM
+
+    def __next__(self):
+        try:
+            batch = next(self.iterator)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError(f"a loader worker died ({str(error).splitlines()[0]}): less --workers need less memory") from None
+        if "error" in batch:
+            raise UserError(batch["error"])
+        return batch
+
+    def close(self):
+        self.iterator = None                                 # its destructor tells the workers to end and joins them
+        atexit.unregister(self.close)
+
+
+# ---- tokenizer ----
+
+class Tokenizer:
+    """Byte-level byte-pair encoding. Ids: the special tokens, then the 256 bytes, then the merges in the order they were learned.
+
+    Special tokens exist as ids only: no string in a text turns into one. Without merges it is a plain byte tokenizer.
+    """
+    PAD, BOS, EOS, MASK, SOI, EOI, IMG, UNUSED = SPECIAL = range(8)
+    WORDS = re.compile(r" ?\w+| ?[^\w\s]+|\s")              # every character belongs to exactly one piece, in any script
+
+    def __init__(self, merges=()):
+        self.merges = [tuple(m) for m in merges]
+        self.first_byte = len(self.SPECIAL)
+        self.vocab_size = self.first_byte + 256 + len(self.merges)
+        self.rank = {m: self.first_byte + 256 + i for i, m in enumerate(self.merges)}
+        self.bytes = [b""] * self.first_byte + [bytes([i]) for i in range(256)]
+        for a, b in self.merges:
+            self.bytes.append(self.bytes[a] + self.bytes[b])
+        self.cache = {}
+
+    @classmethod
+    def train(cls, texts, vocab_size):
+        """Merge the most frequent neighbouring pair (on ties the smaller ids) until vocab_size ids exist or no pair occurs twice."""
+        first = len(cls.SPECIAL)
+        counts = collections.Counter(w for text in texts for w in cls.WORDS.findall(text))
+        words = [([first + b for b in w.encode("utf-8", "surrogatepass")], n) for w, n in sorted(counts.items())]
+        pairs, where = collections.Counter(), collections.defaultdict(set)
+        for i, (ids, n) in enumerate(words):
+            for pair in zip(ids, ids[1:]):
+                pairs[pair] += n
+                where[pair].add(i)
+        heap, merges = [(-n, pair) for pair, n in pairs.items()], []
+        heapq.heapify(heap)
+        while heap and first + 256 + len(merges) < vocab_size:
+            n, pair = heapq.heappop(heap)
+            if -n != pairs[pair]:                            # an outdated entry: the pair's count has changed since and was pushed again
+                continue
+            if -n < 2:
+                break
+            new, changed = first + 256 + len(merges), set()
+            merges.append(pair)
+            for i in where.pop(pair):
+                ids, times = words[i]
+                for old in zip(ids, ids[1:]):
+                    pairs[old] -= times
+                    changed.add(old)
+                ids[:] = cls.merge(ids, pair, new)
+                for now in zip(ids, ids[1:]):
+                    pairs[now] += times
+                    where[now].add(i)
+                    changed.add(now)
+            for p in changed - {pair}:
+                if pairs[p] > 0:
+                    heapq.heappush(heap, (-pairs[p], p))
+        return cls(merges)
+
+    @staticmethod
+    def merge(ids, pair, new):
+        out, i = [], 0
+        while i < len(ids):
+            hit = i + 1 < len(ids) and ids[i] == pair[0] and ids[i + 1] == pair[1]
+            out.append(new if hit else ids[i])
+            i += 2 if hit else 1
+        return out
+
+    def word(self, w):
+        if w not in self.cache:
+            ids = [self.first_byte + b for b in w.encode("utf-8", "surrogatepass")]
+            while len(ids) > 1:
+                pair = min(zip(ids, ids[1:]), key=lambda p: self.rank.get(p, len(self.bytes)))
+                if pair not in self.rank:
+                    break
+                ids = self.merge(ids, pair, self.rank[pair])
+            if len(self.cache) > 100_000:
+                self.cache.clear()
+            self.cache[w] = ids
+        return self.cache[w]
+
+    def encode(self, text):
+        """Token ids of a text, without special tokens."""
+        return [i for w in self.WORDS.findall(text) for i in self.word(w)]
+
+    def pad(self, text, length):
+        """bos + text + eos, cut so that the end token stays, padded to `length` -> (tokens int64, valid bool), numpy (length,)."""
+        ids = [self.BOS, *self.encode(text)[:length - 2], self.EOS]
+        return np.array(ids + [self.PAD] * (length - len(ids))), np.arange(length) < len(ids)
+
+    def decode(self, ids):
+        """Text of token ids; special tokens vanish, bytes that are not UTF-8 become the replacement character."""
+        return b"".join(self.bytes[int(i)] for i in ids).decode(errors="replace")
+
+    def dumps(self):
+        return json.dumps({"type": "byte-level BPE", "special": len(self.SPECIAL), "merges": self.merges})
+
+    @classmethod
+    def loads(cls, text, origin="vocabulary"):
+        try:
+            fields = json.loads(text)
+            assert fields["special"] == len(cls.SPECIAL)
+            return cls(fields["merges"])
+        except (ValueError, KeyError, TypeError, AssertionError, IndexError):
+            raise UserError(f"{origin} is not a vocabulary of ours: python data.py vocab makes one") from None
+
+    def save(self, path):
+        with open(path + ".tmp", "w") as f:
+            f.write(self.dumps())
+        os.replace(path + ".tmp", path)
+
+    @classmethod
+    def load(cls, path):
+        if not os.path.exists(path):
+            raise UserError(f"--vocab {path}: no such file; python data.py vocab makes one")
+        with open(path) as f:
+            return cls.loads(f.read(), path)
+
+
+def first_captions(index, most=100_000):
+    """Captions of the first samples, for training a vocabulary. Raises UserError if the first shard has none."""
+    found = []
+    for i in range(min(len(index), most)):
+        try:
+            found += index[i].captions()
+        except Skip:
+            pass
+        if not found and i + 1 == index.starts[1]:
+            raise UserError(f"no caption in the first shard, {index.paths[0]}: a caption is KEY.txt or \"caption\" in KEY.json")
+    return found
+
+
+def vocabulary(cfg, index, state):
+    """The run's tokenizer: from its checkpoint, from --vocab, or trained by rank 0 on the first captions into out/vocab.json."""
+    if state:
+        return Tokenizer.loads(state["vocab"])
+    path = cfg.vocab or os.path.join(cfg.out, "vocab.json")
+    if not cfg.vocab and common.rank() == 0:
+        Tokenizer.train(first_captions(index), cfg.vocab_size).save(path)
+    tokenizer = Tokenizer.load(path)
+    if tokenizer.vocab_size > cfg.vocab_size:
+        raise UserError(f"--vocab {path} has {tokenizer.vocab_size} ids, more than --vocab-size {cfg.vocab_size}: give --vocab-size {tokenizer.vocab_size}")
+    return tokenizer
+
+
+def with_world(cfg):
+    """cfg, with the built-in world as its data where none is given."""
+    if cfg.data:
+        return cfg
+    folder = common.rank0_first(make_world)
+    print0(f"demo on the built-in world in {folder}; --data takes your shards (KEY.jpg + KEY.txt in plain tars)")
+    return dataclasses.replace(cfg, data=[f"{folder}/pairs"], val=cfg.val or [f"{folder}/pairs", f"{folder}/labels"])
+
+
+# ---- the built-in world: scenes of simple objects, small enough for a laptop, rich enough that every method here shows a result ----
+
+GENERATOR, SIDE, MARGIN = 1, 64, 7     # raise the first with any change below: folder names depend on it; the margin survives a crop of 8 %
+COLOURS = {"red": (225, 30, 35), "pink": (255, 125, 190), "yellow": (245, 220, 30), "green": (35, 165, 50),      # no word that may follow
+           "cyan": (50, 210, 225), "blue": (40, 70, 235), "purple": (145, 45, 190), "white": (250, 250, 250)}    # "a" starts with a vowel
+GROUNDS = {"grey": (112, 112, 114), "brown": (112, 84, 60), "dark": (52, 52, 58), "khaki": (92, 98, 60)}         # muted: no object's colour
+TURN, SPIKES = np.linspace(0, 2 * np.pi, 60, endpoint=False), np.array([0.52, 0.22] * 5)
+CIRCLE = 0.5 + 0.5 * np.sin(TURN), 0.5 - 0.5 * np.cos(TURN)
+OUTLINES = {                                                           # x, y of polygons in the unit square; index + 1 is the mask's value
+    "circle": CIRCLE, "square": ((0.06, 0.94, 0.94, 0.06), (0.06, 0.06, 0.94, 0.94)), "triangle": ((0.5, 1, 0), (0.03, 0.97, 0.97)),
+    "star": (0.5 + SPIKES * np.sin(TURN[::6]), 0.52 - SPIKES * np.cos(TURN[::6])), "diamond": ((0.5, 0.88, 0.5, 0.12), (0, 0.5, 1, 0.5)),
+    "cross": ((.33, .67, .67, 1, 1, .67, .67, .33, .33, 0, 0, .33), (0, 0, .33, .33, .67, .67, 1, 1, .67, .67, .33, .33)), "ring": CIRCLE,
+    "heart": ((1 + np.sin(TURN) ** 3) / 2, .41 - (13 * np.cos(TURN) - 5 * np.cos(2 * TURN) - 2 * np.cos(3 * TURN) - np.cos(4 * TURN)) / 29)}
+RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+PLACES = (" at the top left", " at the top", " at the top right", " on the left", " in the middle", " on the right",
+          " at the bottom left", " at the bottom", " at the bottom right")       # with a blank before, as some objects have none
+PAIRS = [(colour, shape) for colour in COLOURS for shape in OUTLINES]  # class number = place in this list
+UNSEEN = [(colour, list(OUTLINES)[(3 * i + 2) % 8]) for i, colour in enumerate(COLOURS)]     # each colour and shape once
+SEEN = [pair for pair in PAIRS if pair not in UNSEEN]
+TEMPLATES = ("{c}", "a {c}", "a picture of a {c}", "one {c}", "a small {c}", "a large {c}")  # zero-shot prompts, in the captions' own words
+CHATTER = ("The weather was fine.", "Thank you for reading.", "We had coffee first.", "My brother likes music.", "The train was late.")
+BOILERPLATE = ("IMG_{:04d}.jpg", "DSC{:05d}", "image {}x480", "click to enlarge", "photo {} of 9999", "all rights reserved")
+PARTS = ("pairs", "labels", "docs")
+STREAMS = ("pairs/train", "pairs/test", "labels/train", "labels/test", "docs/train", "docs/test", "noise")      # independent random numbers
+
+
+@functools.lru_cache(maxsize=None)                                     # some 200 combinations, each drawn once per process
+def stencil(shape, side, texture):
+    """Coverage of the shape and of its darker texture (drawn 8 times larger, so both are smooth), and the hard mask."""
+    big = Image.new("L", (8 * side, 8 * side))
+    ImageDraw.Draw(big).polygon([(8 * side * x, 8 * side * y) for x, y in zip(*OUTLINES[shape])], fill=255)
+    if shape == "ring":
+        ImageDraw.Draw(big).ellipse([2 * side, 2 * side, 6 * side, 6 * side], fill=0)
+    y, x = np.mgrid[:8 * side, :8 * side] / 8 - side / 2               # final pixels, from the middle of the object
+    ink = {"plain": 0 * x, "striped": (x + y) % 5 < 2.3, "dotted": np.hypot((x + 2) % 4 - 2, (y + 2) % 4 - 2) < 1.3}[texture]
+    dark, cover = ImageChops.multiply(big, Image.fromarray((255 * ink).astype(np.uint8))), big.reduce(8)
+    return cover, dark.reduce(8), cover.point(lambda v: 255 * (v > 127))
+
+
+def scene(rng, unseen=False, objects=None, pair=None):
+    """Objects of SEEN pairs, of UNSEEN ones or of the one given: things (last lines), ground (its name), image (RGB), mask (0 = ground)."""
+    n = 1 if pair else objects or (1 if rng.random() < 0.5 else int(rng.integers(2, 5)))
+    pool = [pair] if pair else UNSEEN if unseen else SEEN
+    chosen = [pool[i] for i in rng.permutation(len(pool))[:n]]         # all different, so "the red circle" is one object
+    fits = np.zeros(64, dtype=bool)
+    while not fits.any():                                              # 64 layouts at a time, until the boxes of one stay apart
+        large = rng.integers(0, 2, (64, n))                            # so in crowded scenes, which rarely fit, small objects prevail
+        sides = np.where(large, rng.integers(21, 26, (64, n)), rng.integers(13, 17, (64, n)))              # pixels
+        starts = (MARGIN + rng.random((2, 64, n)) * (SIDE - 2 * MARGIN - sides + 1)).astype(int)
+        clear = (starts[..., None, :] > (starts + sides)[..., None]).any(0)                # (64, n, n) [i, j]: j begins right of or below i
+        fits = (clear | clear.swapaxes(1, 2) | np.eye(n, dtype=bool)).all((1, 2))
+    ground, how = list(GROUNDS)[rng.integers(4)], [(2, 2), (5, 5), (32, 32), (1, 9), (9, 1)][rng.integers(5)]  # gradient, blobs, noise, bar
+    grid = np.array(GROUNDS[ground]) + rng.uniform(-22, 22, (*how, 1)) + rng.uniform(-10, 10, (*how, 3))
+    image = Image.fromarray(grid.clip(0, 255).astype(np.uint8)).resize((SIDE, SIDE), Image.NEAREST if 1 in how else Image.BICUBIC)
+    mask, things = Image.new("L", (SIDE, SIDE)), []
+    for (colour, shape), big, side, (x, y) in zip(chosen, large[fits][0], sides[fits][0].tolist(), starts[:, fits][:, 0].T.tolist()):
+        size, texture = ("small", "large")[big], ("plain", "striped", "dotted")[rng.integers(3)]
+        cover, dark, hard = stencil(shape, side, texture)
+        rgb = (np.array(COLOURS[colour]) * rng.uniform(0.85, 1.05)).clip(0, 255)
+        image.paste(tuple(rgb.astype(int).tolist()), (x, y), cover)
+        image.paste(tuple((0.5 * rgb).astype(int).tolist()), (x, y), dark)
+        mask.paste(1 + list(OUTLINES).index(shape), (x, y), hard)
+        left, top, right, bottom = np.add(hard.getbbox(), (x, y, x, y)).tolist()             # tight
+        cx, cy = (left + right) / 2, (top + bottom) / 2
+        column, row = ((c > 26) + (c >= 28) + (c > 36) + (c >= 38) for c in (cx, cy))        # 0, 2, 4: clear; 1, 3: between, unnamed
+        things.append(SimpleNamespace(
+            colour=colour, shape=shape, size=size, texture=texture, number=PAIRS.index((colour, shape)), name=f"{colour} {shape}",
+            full=f"{size} {colour} {shape}" if texture == "plain" else f"{size} {texture} {colour} {shape}",
+            place="" if column % 2 or row % 2 else PLACES[3 * (row // 2) + column // 2],
+            x=left, y=top, w=right - left, h=bottom - top, cx=cx, cy=cy))
+    return SimpleNamespace(things=things, ground=ground, image=image, mask=mask)
+
+
+def relation(a, b):
+    """How a stands to b, None where neither direction clearly dominates; relation(b, a) is the opposite."""
+    dx, dy = a.cx - b.cx, a.cy - b.cy
+    return next((how for how, (ux, uy) in RELATIONS.items() if dx * ux + dy * uy > 1.5 * abs(dx * uy + dy * ux)), None)
+
+
+def captions(scene, rng):
+    """Four different true captions, from brief to detailed, at most 24 words. Of several objects they may name only some."""
+    order = [scene.things[i] for i in rng.permutation(len(scene.things))]
+    a, ground = order[0], f"on a {scene.ground} background"
+    if len(order) == 1:
+        options = [f"a {a.name}", f"a picture of a {a.name}", f"a {a.size} {a.name}", f"one {a.name}{a.place}", f"a {a.name} {ground}",
+                   f"a {a.full}{a.place}", f"a {a.full}{a.place}, {ground}"]
+    else:
+        a, b = ([(a, b) for a in order for b in order if relation(a, b)] or [order])[0][:2]
+        every = [f"a {thing.name}" for thing in order]
+        both = f"a {a.full}{a.place} and " + (f"a {b.size} {b.name} {relation(b, a)} it" if relation(b, a) else f"a {b.full}{b.place}")
+        options = [f"a {a.name}", f"a {b.name} and a {a.name}", f"a picture of {' and '.join(every[:rng.integers(2, len(every) + 1)])}",
+                   f"{('two', 'three', 'four')[len(every) - 2]} objects: {', '.join(every[:-1])} and {every[-1]}",
+                   f"a {a.name} {relation(a, b) or 'with'} a {b.name}", both, f"{both}, {ground}"]
+    options = list(dict.fromkeys(options))                             # a plain object between places makes two of them equal
+    return [options[i] for i in sorted(rng.permutation(len(options))[:4])]
+
+
+def questions(scene, rng):
+    """One yes / no question, one with a number, one with another answer; each has exactly one right answer."""
+    things, yes = scene.things, rng.random() < 0.5
+    a, b = (things[i] for i in rng.permutation(len(things))[[0, -1]])  # of a single object both, and no relation is asked
+    colours, shapes = [o.colour for o in things], [o.shape for o in things]
+    near = [f"{c} {s}" for c, s in SEEN if (c == a.colour or s == a.shape) and (c, s) not in zip(colours, shapes)]   # absent, half right
+    binary = [f"is there a {a.name if yes else near[rng.integers(len(near))]}?",
+              f"is the {a.name} {'large' if yes == (a.size == 'large') else 'small'}?"]
+    binary += 2 * [f"is the {a.name} {relation(a, b) if yes else relation(b, a)} the {b.name}?"] * (relation(a, b) is not None)
+    number = [("how many objects are there?", len(things)), (f"how many {a.colour} objects are there?", colours.count(a.colour))]
+    other = [(f"what size is the {a.name}?", a.size), (f"what pattern has the {a.name}?", a.texture)]
+    other += [(f"what colour is the {a.shape}?", a.colour)] * (shapes.count(a.shape) == 1)
+    other += [(f"what shape is the {a.colour} object?", a.shape)] * (colours.count(a.colour) == 1)
+    for how, (ux, uy) in RELATIONS.items():                            # asked only if nothing else stands on that side, not even askew
+        there = [o for o in things if (o.cx - a.cx) * ux + (o.cy - a.cy) * uy > 0]
+        other += 2 * [(f"what is {how} the {a.name}?", o.name) for o in there if len(there) == 1 and relation(o, a) == how]
+    chosen = [(binary[rng.integers(len(binary))], "yes" if yes else "no"), number[rng.integers(2)], other[rng.integers(len(other))]]
+    return [{"question": question, "answer": str(answer)} for question, answer in chosen]
+
+
+def document(rng, key):
+    """MMC4's json and 2-4 pictures: one or two sentences about each scene, among chatter and remarks on the first scene."""
+    texts, info, images = [], [], {}
+    for i in range(rng.integers(2, 5)):
+        s = scene(rng)
+        first = s.things[0] if i == 0 else first
+        about, more = rng.permutation(captions(s, rng)).tolist()[:2]
+        aside = f"The {first.name} in the first picture was {first.size}." if i and rng.random() < 0.5 else str(rng.choice(CHATTER))
+        u, v = rng.random(2).tolist()                                  # where the aside and the second sentence about the picture stand
+        before = [aside] * (u < 0.4) + [f"Next comes {more}."] * (v < 0.25)
+        after = [f"We can see {more}."] * (v > 0.75) + [aside] * (u > 0.6)
+        info.append(dict(image_name=f"{key}.{i}.jpg", matched_text_index=len(texts + before), matched_sim=rng.integers(2000, 4000) / 1e4))
+        texts += before + [f"{about.capitalize()}."] + after
+        images[f"{i}.jpg"] = s.image
+    return {"json": {"text_list": texts, "image_info": info}, **images}
+
+
+def record(stream, number, seed=0, noise=0.0, scenes=20000):
+    """{suffix: image or what json can write}, a function of the arguments only, so that shards can be made in any order."""
+    rng = np.random.default_rng([seed, STREAMS.index(stream), number])
+    if stream.startswith("docs"):
+        return document(rng, f"{number:08d}")
+    s = scene(rng, objects=1 if stream == "labels/train" else None, pair=PAIRS[number % 64] if stream == "labels/test" else None)
+    label = {"cls": s.things[0].number} if len(s.things) == 1 else {}
+    if stream.startswith("labels"):
+        return {"jpg": s.image, **label}
+    texts, qa = captions(s, rng), questions(s, rng)
+    rng = np.random.default_rng([seed, STREAMS.index("noise"), number])                      # of its own: images do not depend on noise
+    if stream == "pairs/train" and rng.random() < noise:
+        other = record(stream, (number + int(rng.integers(1, max(scenes, 2)))) % scenes, seed, 0, scenes)["json"]["caption"]
+        texts = other if rng.random() < 0.5 else [str(rng.choice(BOILERPLATE)).format(rng.integers(100, 10000))]
+    boxes = [{"x": o.x, "y": o.y, "w": o.w, "h": o.h, "text": f"a {o.full}"} for o in s.things]
+    return {"jpg": s.image, "json": {"caption": texts, "boxes": boxes, "qa": qa}, **label, "seg.png": s.mask}
+
+
+def write_shard(path, stream, numbers, **world):
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for number in numbers:
+            for suffix, value in record(stream, number, **world).items():
+                info, data = tarfile.TarInfo(f"{number:08d}.{suffix}"), io.BytesIO()         # mtime, uid, gid are 0, so bytes repeat
+                if isinstance(value, Image.Image):
+                    value.save(data, "PNG" if suffix == "seg.png" else "JPEG", quality=90)
+                else:
+                    data.write(json.dumps(value).encode())
+                info.size = data.tell()
+                data.seek(0)
+                tar.addfile(info, data)
+
+
+def make_world(root="runs", scenes=20000, documents=4000, seed=0, noise=0.0, parts=("pairs", "labels")):
+    """Folder of the world that the arguments describe; a part that is missing is made and appears only when complete."""
+    sizes = {"pairs": (1000, scenes, 500), "labels": (1000, 2000, 16 * 64), "docs": (500, documents, 200)}       # a shard, train, test
+    what = json.dumps([GENERATOR, int(scenes), int(documents), int(seed), float(noise)])
+    folder = os.path.join(root, f"world-{hashlib.sha256(what.encode()).hexdigest()[:8]}")
+    os.makedirs(folder, exist_ok=True)
+    for part, (step, train, test) in [(part, sizes[part]) for part in parts if not os.path.isdir(f"{folder}/{part}")]:
+        with tempfile.TemporaryDirectory(prefix=f".{part}-{os.getpid()}-", dir=folder) as tmp, ProcessPoolExecutor(os.cpu_count()) as pool:
+            os.mkdir(making := f"{tmp}/{part}")                        # one level down: only this user may enter tmp itself
+            jobs = [(f"{making}/train-{k:05d}.tar", f"{part}/train", range(k * step, min((k + 1) * step, train)))
+                    for k in range(-(-train // step))] + [(f"{making}/test-00000.tar", f"{part}/test", range(test))]
+            work = pool.map(functools.partial(write_shard, seed=seed, noise=noise, scenes=scenes), *zip(*jobs))
+            list(tqdm(work, f"making {folder}/{part}", len(jobs), unit="shard", disable=None))
+            texts = {"classes": map(" ".join, PAIRS), "unseen": map(" ".join, UNSEEN), "zeroshot_classification_templates": TEMPLATES}
+            for name in texts if part == "labels" else ():
+                with open(f"{making}/{name}.txt", "w") as file:
+                    file.writelines(f"{line}\n" for line in texts[name])
+            if not os.path.isdir(f"{folder}/{part}"):                  # else another process was faster, with the same bytes
+                os.rename(making, f"{folder}/{part}")
+    return folder
+
+
+# ---- command line ----
+
+def check(paths):
+    """Read every sample of these shards as training would; print what is wrong. Returns whether anything is."""
+    index = Index(paths)
+    wrong, where = collections.Counter(), {}
+    for i in tqdm(range(len(index)), "checking", unit="sample", leave=False, disable=None):
+        try:
+            sample = index[i]
+            if "text_list" in sample.json:                   # a document: its pictures are members 0.jpg, 1.jpg, ...
+                pictures = [Sample(sample.key, {"jpg": raw}) for suffix, raw in sample.members.items() if suffix.endswith(IMAGES)]
+            else:
+                pictures = [sample]
+                if "cls" in sample.members:
+                    sample.label()
+                elif not {"label", "segments", "qa"} & sample.json.keys() and "seg.png" not in sample.members:
+                    sample.captions()
+            for picture in pictures:
+                picture.image()
+            reasons = ["caption not UTF-8"] * sample.damaged_text
+        except Skip as reason:
+            reasons = [str(reason)]
+        for reason in reasons:
+            wrong[reason] += 1
+            where.setdefault(reason, f"{index.paths[index.rows[i]['shard']]}, sample {i - index.starts[index.rows[i]['shard']]}")
+    for path, notes in index.notes.items():
+        for note, n in notes.items():
+            wrong[note] += n
+            where.setdefault(note, path)
+    print(f"{len(index.paths)} shards, {len(index):,} samples, {sum(map(os.path.getsize, index.paths)) / 1e9:.2f} GB: "
+          + ("nothing wrong" if not wrong else "\n  " + "\n  ".join(f"{n:6} {reason} (first: {where[reason]})" for reason, n in wrong.most_common())))
+    return bool(wrong)
+
+
+def main(argv=None):
+    parser = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    tasks = parser.add_subparsers(dest="task", required=True, metavar="make|index|check|vocab")
+    for name, note in (("index", "locate the samples of shards, and say what is odd about the archives"), ("check", "read every sample; exit 1 if any cannot be used"),
+                       ("vocab", "train a vocabulary on captions")):
+        tasks.add_parser(name, help=note).add_argument("shards", nargs="+")
+    tasks.choices["vocab"].add_argument("--size", type=int, default=32_000, help="number of ids")
+    tasks.choices["vocab"].add_argument("--out", default="vocab.json")
+    make = tasks.add_parser("make", help="write the built-in world")
+    for name, default in (("root", "runs"), ("scenes", 20000), ("documents", 4000), ("seed", 0), ("noise", 0.0)):
+        make.add_argument(f"--{name}", type=type(default), default=default, help=f"[{default}]")
+    make.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    args = vars(parser.parse_args(argv))
+    task = args.pop("task")
+    if task == "make":
+        print(make_world(**args))
+        return
+    paths = expand(args["shards"])
+    if task == "check":
+        sys.exit(int(check(paths)))
+    index = Index(paths)
+    if task == "vocab":
+        tokenizer = Tokenizer.train(first_captions(index), args["size"])
+        tokenizer.save(args["out"])
+        print(f"{args['out']}: {tokenizer.vocab_size} ids")
+    else:
+        print(f"{len(index.paths)} shards, {len(index):,} samples, {sum(map(os.path.getsize, index.paths)) / 1e9:.2f} GB, first key {index.first_key}")
+        for path, notes in index.notes.items():
+            print(f"{path}: {', '.join(f'{k} ({n})' for k, n in notes.items())}")
+
+
+if __name__ == "__main__":
+    common.guard(main)

@@ -1,0 +1,508 @@
+"""Measure checkpoints: metrics as pure functions, protocols over shards, pictures, and one command line.
+
+    python eval.py retrieval runs/align/last.pt --data '../shared/data/pairs/test-*.tar'
+    python eval.py zeroshot runs/align/last.pt --data ../shared/data/labels
+    python eval.py knn runs/align/last.pt                      # without --data: the built-in world's held-out split
+
+Read the metrics first (each says whose definition it is), then the protocols, which ask a model for encode_image, encode_text and .vision only.
+Every number is a fraction of the whole split. Several ranks share the work without padding: results do not depend on how many there are.
+
+Dimension key: I images, T texts, C classes, P prompts of a class, E joint embedding, D width.
+"""
+import argparse, colorsys, contextlib, hashlib, importlib, json, math, os, sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+
+import common
+import data
+from common import UserError, print0, rank, rank0_first, unit, world
+
+METHODS = {"ALIGN": "align", "MUG": "mug", "LCL": "lcl", "TiMix": "timix", "M3I": "m3i"}
+
+
+# ---- metrics: fractions; of equal scores the earlier index ranks first, so a constant model does not score 100 %; a NaN never hits ----
+
+def ranks(scores, target):                                   # scores (N, C), target (N,) column indices -> (N,) int64
+    """Place of each row's target among the row's scores, 0 = best: how many are larger, or equal and earlier. A NaN target never hits."""
+    places, column = [], torch.arange(scores.shape[1], device=scores.device)
+    n = max(1, 2**22 // scores.shape[1])                     # rows per chunk: temporaries of 4 M scores, whatever N and C are
+    for rows, t in zip(scores.split(n), target[:, None].split(n)):
+        own = rows.gather(1, t)
+        place = ((rows > own) | (rows == own) & (column < t)).sum(1)      # a NaN elsewhere compares false: it beats nobody
+        places.append(place.masked_fill(own[:, 0].isnan(), torch.iinfo(torch.int64).max))
+    return torch.cat(places)
+
+
+def accuracy(scores, labels, k=1):                           # scores (N, C), labels (N,) in [0, C) -> fraction, or None
+    """Share of items whose label is among the k best scores; None if k > C, where it means nothing (formats 9.1)."""
+    assert len(scores) == len(labels) > 0, f"{len(scores)} rows of scores for {len(labels)} labels"
+    return (ranks(scores, labels) < k).double().mean().item() if k <= scores.shape[1] else None
+
+
+def recall_at_k(sim, owner, ks=(1, 5, 10)):                  # sim (T, I), owner (T,): the image of each text
+    """{"i2t": {k: fraction}, "t2i": {k: fraction}} as ALBEF counts them (formats 9.2); rows are texts, columns images.
+
+    t2i: share of texts whose image is among the k best images. i2t: share of images with at least one own text among the k best of all
+    texts; images that own no text cannot be right or wrong and are left out (they still compete in t2i). k beyond the number of
+    candidates gives 1, as the definition says. Nothing larger than a chunk of sim is built.
+    """
+    (texts, images), device = sim.shape, sim.device
+    assert owner.shape == (texts,) and texts > 0, f"owner {tuple(owner.shape)} must name one image for each of {texts} texts"
+    own = sim[torch.arange(texts, device=device), owner]     # only the best own text of an image matters: highest score, then earliest
+    order = (-own).argsort(stable=True)                      # all texts in that order; NaN sorts last
+    first = torch.full((images,), texts, device=device).scatter_reduce(0, owner, order.argsort(), "amin")   # texts = owns none
+    i2t = ranks(sim.T, order[first.clamp(max=texts - 1)])[first < texts]
+    t2i = ranks(sim, owner)
+    return {name: {k: (place < k).double().mean().item() for k in ks} for name, place in (("i2t", i2t), ("t2i", t2i))}
+
+
+def mean_per_class(pred, labels):                            # pred, labels (N,) class indices
+    """Mean over the classes present in labels of the share predicted right (= balanced accuracy, scikit-learn)."""
+    assert pred.shape == labels.shape and len(labels) > 0, f"{tuple(pred.shape)} predictions for {tuple(labels.shape)} labels"
+    count = labels.bincount()
+    right = labels[pred == labels].bincount(minlength=len(count))
+    return (right[count > 0].double() / count[count > 0]).mean().item()
+
+
+def knn(train, train_labels, test, k=20):                    # train (N, E), train_labels (N,), test (M, E), any length -> (M,)
+    """Weighted vote of the k nearest by cosine, weight exp(sim / 0.07) (DINO eval_knn.py). A feature with NaN gets, and gives, no vote:
+    a test item without any vote is labelled -1. Needs k <= N."""
+    assert k <= len(train), f"k = {k} neighbours out of {len(train)} training features"
+    train, labels = F.normalize(train, dim=1), []
+    for rows in F.normalize(test, dim=1).split(max(1, 2**24 // len(train))):
+        sim = (rows @ train.T).nan_to_num(nan=-torch.inf)
+        last = sim.topk(k).values[:, -1:]                    # topk breaks ties as it likes, so take its k-th value, not its choice
+        tied = sim == last
+        near = (sim > last) | tied & (tied.cumsum(1) <= k - (sim > last).sum(1, keepdim=True))    # exactly k per row
+        near = near.nonzero()[:, 1].view(len(rows), k)
+        votes = sim.new_zeros(len(rows), int(train_labels.max()) + 1)
+        best = votes.scatter_add(1, train_labels[near], (sim.gather(1, near) / 0.07).exp()).max(1)
+        labels.append(best.indices.masked_fill(best.values == 0, -1))
+    return torch.cat(labels)
+
+
+def prompt_ensemble(embeds):                                 # (C, P, E): P prompts of each class, any length -> (C, E), unit length
+    """Zero-shot classifier of CLIP: mean of unit vectors, made unit again. Without the inner step long vectors win (formats 11.1)."""
+    return F.normalize(F.normalize(embeds, dim=-1).mean(1), dim=-1)
+
+
+# ---- pictures: PIL only, sizes in pixels ----
+
+FONT, HEAD = ImageFont.load_default(12), ImageFont.load_default(17)      # both draw a box for a character they lack
+INK, GREY, PALE, BLUE, RED = "#222222", "#8a8a8a", "#ececec", "#1f5fa8", "#d1495b"
+
+
+def as_picture(image):                                       # PIL, or uint8 (3, H, W) / (H, W, 3) as tensor or array -> PIL RGB
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    array = np.asarray(torch.as_tensor(image).cpu())
+    assert array.dtype == np.uint8 and array.ndim == 3 and 3 in array.shape[::2], f"not a uint8 RGB picture: {array.dtype} {array.shape}"
+    return Image.fromarray(np.ascontiguousarray(array.transpose(1, 2, 0) if array.shape[0] == 3 else array))
+
+
+def fit(image, size):
+    """Picture scaled into size x size, aspect kept. Tiny ones (to 64) grow by a whole number, so that their pixels stay square."""
+    image = as_picture(image)
+    scale = size / max(image.size)
+    tiny = scale >= 2 and max(image.size) <= 64
+    return image.resize([max(1, round(s * (int(scale) if tiny else scale))) for s in image.size], Image.NEAREST if tiny else Image.BICUBIC)
+
+
+def wrap(text, font, width, lines):
+    """Text as a list of at most `lines` lines of `width` pixels, broken at spaces, or inside a word longer than a line; "…" where cut."""
+    out = [""]
+    for word in text[:1000].split():                         # a megabyte caption is not measured beyond what could be shown
+        if out[-1] and font.getlength(f"{out[-1]} {word}") <= width:
+            out[-1] += " " + word
+            continue
+        out += [""]
+        for char in word:
+            out += [""] if out[-1] and font.getlength(out[-1] + char) > width else []
+            out[-1] += char
+    out = [line for line in out if line]
+    if len(out) > lines:
+        last = out[lines - 1]
+        while last and font.getlength(last + "…") > width:
+            last = last[:-1]
+        out = out[:lines - 1] + [last.rstrip(" ,.;") + "…"]
+    return out
+
+
+def blank(width, height, title):                             # -> white page with its title, and the pen for it
+    page = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(page)
+    draw.text((14, 12), "".join(wrap(title, HEAD, width - 28, 1)), INK, HEAD)
+    return page, draw
+
+
+def ticks(low, high, log=False):
+    """Three to eight round numbers in [low, high]: multiples of 1, 2 or 5 x 10^n; on a log axis powers of ten."""
+    if log:
+        powers = range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)
+        return [10.0**p for p in powers[::math.ceil(len(powers) / 5)]]
+    raw = (high - low) / 4.5
+    step = min((m * 10.0**math.floor(math.log10(raw)) for m in (1, 2, 5, 10)), key=lambda s: abs(math.log(s / raw)))
+    return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def heat_colours(values):                                    # (...) floats in [0, 1] -> (..., 3) uint8
+    """Five colours of matplotlib's viridis joined by straight lines: steady in lightness, safe for the colour-blind. NaN is grey."""
+    anchors = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)])
+    rgb = np.stack([np.interp(values, np.linspace(0, 1, 5), channel) for channel in anchors.T], -1)
+    return np.where(np.isnan(values)[..., None], 200, rgb).astype(np.uint8)
+
+
+def class_colour(i):                                         # hues a golden section apart: far from each other, the same in all pictures
+    return tuple(round(255 * c) for c in colorsys.hsv_to_rgb(i * 0.61803 % 1, 0.75, 0.9))
+
+
+def sheet(cells, path, columns, title="", size=112):
+    """Write a labelled grid. A cell is (image, caption, frame): image None for a text cell; frame None or a colour name.
+
+    The file is columns * (size + 14) + 14 wide; a row is as tall as its longest caption, at most four lines under a picture.
+    """
+    gap, line, top = 14, 15, 44 if title else 14
+    words = [wrap(text, FONT, size - 16, (size - 12) // line) if image is None else wrap(text, FONT, size, 4) for image, text, _ in cells]
+    below = [0 if image is None else len(lines) for (image, _, _), lines in zip(cells, words)]
+    tall = [size + 6 + line * max(below[i:i + columns]) for i in range(0, len(cells), columns)]
+    page, draw = blank(columns * (size + gap) + gap, top + sum(tall) + gap * len(tall), title)
+    for i, (image, _, frame) in enumerate(cells):
+        x, y = gap + i % columns * (size + gap), top + sum(tall[:i // columns]) + i // columns * gap
+        box = (x, y, x + size, y + size)
+        if image is None:
+            draw.rounded_rectangle(box, 6, "#f4f4f4")
+            draw.multiline_text((x + size / 2, y + size / 2), "\n".join(words[i]), INK, FONT, "mm", 3, "center")
+        else:
+            picture = fit(image, size)
+            box = (x + (size - picture.width) // 2, y + (size - picture.height) // 2)
+            page.paste(picture, box)
+            box += (box[0] + picture.width, box[1] + picture.height)
+            for n, text in enumerate(words[i]):
+                draw.text((x + size / 2, y + size + 6 + n * line), text, INK, FONT, "ma")
+        if frame:                                            # around the picture, never over it
+            draw.rectangle((box[0] - 4, box[1] - 4, box[2] + 3, box[3] + 3), None, frame, 4)
+    page.save(path)
+
+
+def matrix(values, path, images, texts, title=""):           # values (n, n): rows texts, columns images, as in recall_at_k
+    """Write a heat map of similarities: captions left, thumbnails on top, the diagonal (right pairs) framed, a colour bar right."""
+    values, n, side, left, top = np.asarray(torch.as_tensor(values).detach().cpu().double()), len(texts), 44, 250, 94 if title else 64
+    assert values.shape == (n, n) and len(images) == n, f"values {values.shape} for {n} texts and {len(images)} images"
+    known = values[np.isfinite(values)]
+    low, high = (known.min(), known.max()) if len(set(known)) > 1 else (0, 1)
+    page, draw = blank(left + n * side + 90, top + n * side + 14, title)
+    page.paste(Image.fromarray(heat_colours((values - low) / (high - low))).resize((n * side, n * side), Image.NEAREST), (left, top))
+    for i, (image, text) in enumerate(zip(images, texts)):
+        x, y, picture = left + i * side, top + i * side, fit(image, side - 4)
+        page.paste(picture, (x + (side - picture.width) // 2, top - side + (side - 4 - picture.height) // 2))
+        draw.multiline_text((left - 8, y + side / 2), "\n".join(wrap(text, FONT, left - 24, 2)), INK, FONT, "rm", 3, "right")
+        draw.rectangle((x, y, x + side - 1, y + side - 1), None, "white", 2)
+    x, tall = left + n * side + 16, min(n * side, 300)
+    page.paste(Image.fromarray(heat_colours(np.linspace(1, 0, tall))[:, None]).resize((14, tall)), (x, top))
+    for tick in ticks(low, high):
+        y = top + (high - tick) / (high - low) * (tall - 1)
+        draw.line((x + 14, y, x + 18, y), INK)
+        draw.text((x + 22, y), f"{tick:.4g}", INK, FONT, "lm")
+    page.save(path)
+
+
+def curves(log, path, fields, title=""):
+    """Write one panel per field of a log.jsonl over its steps: every value pale, their mean over a sliding 1/25 of the log strong.
+
+    Null, missing and non-finite values are left out, and so is a last line cut short by a kill; a broken line before it is an error.
+    Where values are positive and most of them span more than a factor of 100, the axis is logarithmic and the mean geometric.
+    """
+    records, lines = [], open(log, errors="replace").readlines()
+    for n, text in enumerate(lines):
+        try:
+            records.append(json.loads(text))
+        except ValueError:
+            assert n == len(lines) - 1, f"{log}, line {n + 1}: not JSON: {text[:60]!r}"
+    columns, start, fine = min(2, len(fields)), 40 if title else 6, 3
+    wide, tall = columns * 480, start + -(-len(fields) // columns) * 250
+    big, notes = Image.new("RGB", (fine * wide, fine * tall), "white"), []
+    draw = ImageDraw.Draw(big)                               # lines are drawn three times as large and shrunk: smooth; text comes after
+
+    def line(xs, ys, colour, width):
+        draw.line([(fine * x, fine * y) for x, y in zip(xs, ys)], colour, fine * width, "curve")
+
+    for i, field in enumerate(fields):
+        x0, y0 = i % columns * 480 + 62, start + i // columns * 250 + 32
+        x1, y1 = x0 + 394, y0 + 178
+        pairs = [(r.get("step", n), r[field]) for n, r in enumerate(records) if isinstance(r.get(field), (int, float))]
+        steps, v = np.array([p for p in pairs if math.isfinite(p[1])], float).reshape(-1, 2).T
+        line((x0, x0, x1), (y0, y1, y1), GREY, 1)
+        notes.append(((x0, y0 - 20), field + ("" if len(v) else ": no values"), INK, "la"))
+        if not len(v):
+            continue
+        log_y = v.min() > 0 and v.max() > 100 * np.quantile(v, 0.05)   # a rate that ends at 0 stays linear
+        u = np.log10(v) if log_y else v                      # what the y axis shows
+        pad = 0.05 * np.ptp(u) or 0.1 * abs(u[0]) or 1       # a flat line runs through the middle
+        low, high, left, right = u.min() - pad, u.max() + pad, steps.min(), max(steps.max(), steps.min() + 1)
+        px = lambda s: x0 + (s - left) / (right - left) * (x1 - x0)
+        py = lambda u: y1 - (u - low) / (high - low) * (y1 - y0)
+        for tick in ticks(10**low, 10**high, True) if log_y else ticks(low, high):
+            y = py(math.log10(tick) if log_y else tick)
+            line((x0, x1), (y, y), PALE, 1)
+            notes.append(((x0 - 7, y), f"{tick:.4g}", INK, "rm"))
+        for tick in ticks(left, right):
+            line((px(tick), px(tick)), (y1, y1 + 4), GREY, 1)
+            notes.append(((px(tick), y1 + 7), f"{tick:,.10g}", INK, "ma"))
+        notes.append(((x1, y1 + 22), "step", GREY, "ra"))
+        window = np.ones(len(u) // 25 | 1)                   # odd, so that the mean is centred; it narrows at both ends
+        line(px(steps), py(u), "#b9cfe8", 1)
+        line(px(steps), py(np.convolve(u, window, "same") / np.convolve(np.ones(len(u)), window, "same")), BLUE, 2)
+        last, least = f"last {v[-1]:.3g}", f"min {v.min():.3g} at {steps[v.argmin()]:,.10g}"
+        for n, colour, text, x in ((v.argmin(), RED, least, x1 - FONT.getlength(last) - 16), (-1, BLUE, last, x1)):
+            draw.circle((fine * px(steps[n]), fine * py(u[n])), 3 * fine, colour)
+            notes.append(((x, y0 - 20), text, colour, "ra"))
+    page, pen = blank(wide, tall, title)
+    page.paste(big.reduce(fine).crop((0, start, wide, tall)), (0, start))
+    for xy, text, colour, anchor in notes:
+        pen.text(xy, text, colour, FONT, anchor)
+    page.save(path)
+
+
+def overlay(image, what, path=None):
+    """PIL picture with `what` drawn over it, written to path if given. Images under 224 first grow by a whole number: labels need room.
+
+    what is a float map (h, w): heat from its lowest to its highest value, stretched over the image; or an integer mask (H, W): one
+    colour per class, 0 and below left clear; or a list of {"x", "y", "w", "h", "text"} in pixels of the image: boxes.
+    """
+    image = as_picture(image)
+    grow = max(1, 224 // max(image.size))
+    picture = image.resize([grow * s for s in image.size], Image.NEAREST)
+    if isinstance(what, list):
+        draw, labels = ImageDraw.Draw(picture), []
+        for i, box in enumerate(what):
+            x, y, w, h = (grow * box[key] for key in "xywh")
+            draw.rectangle((x, y, x + max(w, 1) - 1, y + max(h, 1) - 1), None, class_colour(i), 2)      # the outline lies inside the box
+            text = "".join(wrap(box.get("text") or "", FONT, picture.width - 8, 1))
+            wide = FONT.getlength(text) + 8
+            x, y = max(0, min(x, picture.width - wide)), max(0, y - 16)
+            while any(abs(y - b) < 16 and x < a + c and a < x + wide for a, b, c, *_ in labels):
+                y += 1                                       # below the labels it would cover
+            labels += [(x, y, wide, text, class_colour(i))] if text else []
+        for x, y, wide, text, colour in labels:              # after all outlines, so that no line crosses a label
+            draw.rectangle((x, y, x + wide - 1, y + 15), colour)
+            draw.text((x + 4, y + 8), text, "black" if sum(colour) > 400 else "white", FONT, "lm")
+    else:
+        what, share = torch.as_tensor(what).detach().cpu(), 0.55
+        if what.is_floating_point():
+            what = np.asarray(what.float())
+            what = (what - np.nanmin(what)) / (np.nanmax(what) - np.nanmin(what) or 1)
+            colours = heat_colours(np.asarray(Image.fromarray(what).resize(picture.size, Image.BICUBIC)))
+        else:
+            assert what.shape == image.size[::-1], f"mask {tuple(what.shape)} on an image of {image.size[::-1]} (H, W)"
+            what = np.asarray(what.long()).repeat(grow, 0).repeat(grow, 1)
+            colours = np.array([class_colour(i) for i in range(max(0, what.max()) + 1)])[what.clip(0)]
+            share = share * (what > 0)[..., None]
+        picture = Image.fromarray(((1 - share) * np.asarray(picture) + share * colours).round().astype(np.uint8))
+    if path:
+        picture.save(path)
+    return picture
+
+
+# ---- features: each rank its share of the samples ----
+
+def collect(x):
+    """Rows of all ranks in rank order; (n_r, ...) with any number of rows a rank -> (sum n_r, ...)."""
+    if world() == 1:
+        return x
+    counts = common.all_gather(torch.tensor([len(x)], device=x.device)).tolist()
+    padded = torch.cat([x, x.new_zeros(max(counts) - len(x), *x.shape[1:])])
+    return torch.cat([part[:n] for part, n in zip(common.all_gather(padded).split(max(counts)), counts)])
+
+
+def read(index, wanted, model):
+    """This rank's share of an index -> uint8 images (n, 3, S, S), wanted(sample) of each, their sample numbers. Unusable samples are
+    left out and counted aloud."""
+    size = model.vision.grid * model.vision.patch
+    view = data.squash if getattr(model, "squash", False) else data.centre
+
+    def one(i):
+        try:
+            sample = index[i]
+            return view(sample.image(), size), wanted(sample), i
+        except data.Skip as reason:
+            return str(reason)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:         # Pillow lets go of the interpreter while it decodes
+        rows = list(pool.map(one, range(rank() * len(index) // world(), (rank() + 1) * len(index) // world())))
+    if lost := [r for r in rows if isinstance(r, str)]:
+        print(f"warning: {len(lost)} of {len(rows)} samples left out of the evaluation: {', '.join(sorted(set(lost)))}", file=sys.stderr)
+    images, extras, ids = zip(*(r for r in rows if not isinstance(r, str))) if len(lost) < len(rows) else ((), (), ())
+    return torch.from_numpy(np.stack(images) if images else np.zeros((0, 3, size, size), np.uint8)), list(extras), torch.tensor(ids, dtype=torch.long)
+
+
+@torch.no_grad()
+def in_batches(fn, cfg, device, *rows, size=256):
+    """fn over batches of rows, in the run's precision -> float32 on the CPU."""
+    with common.autocast(cfg, device):
+        parts = [fn(*(r.to(device) for r in batch)).float().cpu() for batch in zip(*(r.split(size) for r in rows)) if len(batch[0])]
+    return torch.cat(parts)
+
+
+def encode_texts(model, tokenizer, texts, cfg, device):
+    """Captions -> (T, E) unit."""
+    tokens, valid = (torch.from_numpy(np.stack(x)) for x in zip(*(tokenizer.pad(t, cfg.context) for t in texts)))
+    return in_batches(model.encode_text, cfg, device, tokens, valid)
+
+
+def embed_pairs(model, tokenizer, index, cfg, device):
+    """Captioned shards -> images (I, E), texts (T, E), owner (T,) = each text's image, ids (I,) = sample numbers in the index."""
+    images, captions, ids = read(index, lambda s: s.captions(lines=True), model)
+    image = in_batches(model.encode_image, cfg, device, images)
+    text = encode_texts(model, tokenizer, [c for cs in captions for c in cs], cfg, device)
+    before = sum(common.all_gather(torch.tensor([len(image)])).tolist()[:rank()])
+    owner = before + torch.repeat_interleave(torch.arange(len(captions)), torch.tensor([len(c) for c in captions]))
+    return tuple(map(collect, (image, text, owner, ids)))
+
+
+def pooled(model, index, cfg, device):
+    """Labelled shards -> mean patch tokens after the final norm (I, D) and labels (I,)."""
+    images, labels, _ = read(index, lambda s: s.label(), model)
+    tokens = lambda x: model.vision(x)[:, model.vision.cls_token is not None:].mean(1)
+    return collect(in_batches(tokens, cfg, device, images)), collect(torch.tensor(labels))
+
+
+# ---- protocols: each returns [(metric, value, n)] ----
+
+def zeroshot(model, tokenizer, paths, cfg, device):
+    """Prompt ensembling (formats of CLIP_benchmark): templates x class names beside the shards. With unseen.txt there, classes that never
+    occurred in training are scored apart; every image competes among all classes."""
+    names = data.beside(paths, "classes.txt", "classnames.txt")
+    if names is None:
+        raise UserError(f"no classes.txt or classnames.txt beside {paths[0]} or one folder up: zero-shot needs a name for each class")
+    templates = data.beside(paths, "zeroshot_classification_templates.txt") or ["a photo of a {c}."]
+    index = rank0_first(lambda: data.Index(paths))
+    images, labels, _ = read(index, lambda s: s.label(), model)
+    image, labels = collect(in_batches(model.encode_image, cfg, device, images)), collect(torch.tensor(labels))
+    if int(labels.max()) >= len(names):
+        raise UserError(f"label {int(labels.max())} in {paths[0]}, but only {len(names)} class names beside it")
+    prompts = [t.replace("{c}", n).replace("{}", n) for n in names for t in templates]
+    classes = prompt_ensemble(encode_texts(model, tokenizer, prompts, cfg, device).view(len(names), len(templates), -1))
+    scores = image @ classes.T
+    unseen = torch.tensor([n in (data.beside(paths, "unseen.txt") or ()) for n in names])[labels]
+    groups = {"_seen": ~unseen, "_unseen": unseen} if unseen.any() else {"": ~unseen}
+    found = [(f"zeroshot{suffix}", accuracy(scores[rows], labels[rows]), int(rows.sum())) for suffix, rows in groups.items()]
+    return found + [(f"zeroshot{suffix}_top5", accuracy(scores[rows], labels[rows], 5), int(rows.sum())) for suffix, rows in groups.items() if len(names) > 5]
+
+
+def retrieval(model, tokenizer, paths, cfg, device):
+    """Recall at 1, 5, 10 both ways over all captions of all images."""
+    image, text, owner, _ = embed_pairs(model, tokenizer, rank0_first(lambda: data.Index(paths)), cfg, device)
+    recall = recall_at_k(text @ image.T, owner)
+    return [(f"{way}_r{k}", v, len(image) if way == "i2t" else len(text)) for way, at in recall.items() for k, v in at.items()]
+
+
+def nearest(model, tokenizer, paths, cfg, device):
+    """Weighted k-nearest-neighbour accuracy (DINO, k = 20) of pooled encoder tokens; the bank is the train part beside the held-out one."""
+    bank = bank_of(paths)
+    if not bank:
+        raise UserError(f"kNN needs labelled training shards: none in the folder of {paths[0]}")
+    (train, train_labels), (test, labels) = (pooled(model, rank0_first(lambda p=p: data.Index(p)), cfg, device) for p in (bank, paths))
+    known = torch.isin(labels, train_labels)                 # an image whose class is not in the bank has no right neighbour
+    return [("knn", float((knn(train, train_labels, test[known], min(20, len(train))) == labels[known]).double().mean()), int(known.sum()))]
+
+
+def bank_of(paths):
+    """The training shards of the folder that these held-out ones lie in; [] if there are none apart from them."""
+    folder = os.path.dirname(os.path.abspath(paths[0]))
+    for f in (folder, os.path.dirname(folder)):
+        with contextlib.suppress(UserError):
+            found = data.expand(f)
+            if not {os.path.abspath(p) for p in found} & {os.path.abspath(p) for p in paths}:
+                return found
+    return []
+
+
+TASKS = {"zeroshot": zeroshot, "retrieval": retrieval, "knn": nearest}
+
+
+def tasks_for(paths):
+    """What the first record of these shards allows: captions -> retrieval; classes -> zero-shot, and kNN if there is a bank."""
+    sample = rank0_first(lambda: data.Index(paths))[0]
+    if "cls" not in sample.members or "txt" in sample.members or "caption" in sample.json:
+        return ["retrieval"]
+    return ["zeroshot", "knn"] if bank_of(paths) else ["zeroshot"]
+
+
+def table(rows):
+    """[(metric, value, n)] as lines of text."""
+    return "\n".join(f"  {name:<22}{'-' if value is None else f'{100 * value:6.1f} %'}   n = {n:,}" for name, value, n in rows)
+
+
+def evaluate(model, tokenizer, cfg, device):
+    """A script's own evaluation on cfg.val: prints a table, writes out/result.json, returns it (flat, fractions)."""
+    if not cfg.val:
+        print0("no --val: nothing held out to evaluate on")
+        return {}
+    rows = []
+    for pattern in cfg.val:
+        paths = data.expand(pattern, "test")
+        for task in tasks_for(paths):
+            if hasattr(model, "encode_text") or task == "knn":
+                rows += TASKS[task](model, tokenizer, paths, cfg, device)
+    print0(f"held out:\n{table(rows)}")
+    result = {name: value for name, value, _ in rows}
+    if rank() == 0:
+        with open(os.path.join(cfg.out, "result.json"), "w") as f:
+            json.dump(result, f, indent=1)
+    return result
+
+
+# ---- command line ----
+
+def load(path, device="cpu"):
+    """Checkpoint -> (model, tokenizer, cfg, hash of the file). Raises UserError for what is not one of our checkpoints."""
+    try:
+        state = common.read_checkpoint(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"not a readable checkpoint: {error}") from None
+    if state["method"] not in METHODS:
+        raise UserError(f"{path} is a checkpoint of {state['method']}: known are {', '.join(METHODS)}")
+    module = importlib.import_module(METHODS[state["method"]])
+    try:
+        cfg = module.Config(**state["config"])
+        model = module.Model(cfg)
+        model.load_state_dict(state["model"])
+    except (TypeError, RuntimeError) as error:
+        raise UserError(f"{path} was written by another version of {METHODS[state['method']]}.py: {str(error).splitlines()[0]}") from None
+    with open(path, "rb") as f:
+        digest = hashlib.file_digest(f, "sha256").hexdigest()[:12]
+    return model.to(device).eval(), data.Tokenizer.loads(state["vocab"]), cfg, digest
+
+
+def main(argv=None):
+    parser = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("checkpoint", nargs="+")
+    parser.add_argument("--data", nargs="+", help="held-out shards; none = the built-in world's")
+    parser.add_argument("--out", help="folder: result lines are added to eval.jsonl there")
+    args = parser.parse_args(argv)
+    device = common.join()
+    patterns = args.data
+    if not patterns:
+        folder = rank0_first(data.make_world)
+        patterns = [f"{folder}/{'pairs' if args.task == 'retrieval' else 'labels'}"]
+    paths = data.expand(patterns, "test")
+    for checkpoint in args.checkpoint:
+        model, tokenizer, cfg, digest = load(checkpoint, device)
+        if args.task != "knn" and not hasattr(model, "encode_text"):
+            raise UserError(f"{checkpoint} is a {type(model).__name__}, which has no text encoder: it can do knn")
+        rows = TASKS[args.task](model, tokenizer, paths, cfg, device)
+        lines = [json.dumps({"metric": m, "value": v, "n": n, "protocol": args.task, "split": " ".join(patterns), "checkpoint": digest,
+                             "seed": cfg.seed}) for m, v, n in rows]
+        print0("\n".join([*lines, f"{checkpoint}, {args.task} on {' '.join(patterns)}:", table(rows)]))
+        if args.out and rank() == 0:
+            os.makedirs(args.out, exist_ok=True)
+            with open(os.path.join(args.out, "eval.jsonl"), "a") as f:
+                f.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    common.guard(main)
