@@ -32,6 +32,7 @@ class Config:
     fresh: bool = False          # start anew in --out
     # image tower
     image_size: int = 224        # ours; paper s5: 289 (EfficientNet)
+    resize: float = 346 / 289    # paper s5: both sides to this multiple of image_size, then a crop
     patch: int = 16              # ViT
     size: str = None             # ti s b l h g: fills dim, depth, heads unless they are given
     dim: int = 768               # ours: ViT-B stands for EfficientNet
@@ -72,17 +73,17 @@ class Config:
     timeout: int = 600           # seconds a rank waits for the others
 
 
-# The built-in world on two CPU cores. Temperature 0.07 is CLIP's: from 1.0 a short run spends its time on getting there.
-DEMO = dict(image_size=48, patch=8, dim=128, depth=4, heads=4, text_dim=128, text_depth=2, text_heads=4, context=24, vocab_size=512, flip=False,
-            temperature=0.07, batch=256, steps=600, lr=1e-2, warmup=40, save_every=200)
+# The built-in world on two CPU cores. Temperature 0.07 is CLIP's: from 1.0 a short run spends its time on getting there. Neither crops nor
+# flips: the scenes vary enough by themselves, and their captions say left and right.
+DEMO = dict(image_size=48, patch=8, dim=128, depth=4, heads=4, text_dim=128, text_depth=2, text_heads=4, context=16, vocab_size=512, flip=False,
+            resize=1.0, temperature=0.07, batch=256, steps=560, lr=8e-3, warmup=40, save_every=200)
 
 
 class ALIGN(nn.Module):
     """Two towers and a temperature (paper s4.1). The image embedding is the pooled tower itself; the text's [CLS] gets one linear map."""
-    squash = True                # held-out images are seen as in training: squashed, central crop (paper s5)
-
     def __init__(self, cfg):
         super().__init__()
+        self.resize = cfg.resize                             # held-out images are seen as in training: squashed, central crop (paper s5)
         self.vision = ViT(cfg.image_size, cfg.patch, cfg.dim, cfg.depth, cfg.heads, cls=cfg.cls)
         self.text = TextTransformer(cfg.vocab_size, cfg.context, cfg.text_dim, cfg.text_depth, cfg.text_heads, causal=False)
         self.text_proj = nn.Linear(cfg.text_dim, cfg.dim)
@@ -189,8 +190,8 @@ class Lamb(torch.optim.Optimizer):
 def example(sample, rng, cfg, tokenizer):
     """A training row: squashed, cropped, maybe flipped image and one caption."""
     tokens, valid = tokenizer.pad(sample.caption(rng), cfg.context)
-    image = sample.image(near=round(cfg.image_size * 346 / 289))
-    return {"images": data.squash(image, cfg.image_size, rng, cfg.flip), "tokens": tokens, "valid": valid}
+    image = sample.image(near=round(cfg.image_size * cfg.resize))
+    return {"images": data.squash(image, cfg.image_size, rng, cfg.flip, cfg.resize), "tokens": tokens, "valid": valid}
 
 
 def draw(model, tokenizer, cfg, device):

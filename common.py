@@ -4,7 +4,7 @@ command line, checkpoints, log. Nothing here knows a loss.
 Dimension key: B rows of this rank, W ranks, N patches, L text tokens, D width, H heads.
 Read ViT and Block (the models), then gather and average_gradients (what makes W ranks one run), then Log (what a step tells the others).
 """
-import argparse, contextlib, dataclasses, difflib, inspect, json, math, os, re, resource, signal, sys, time, zipfile
+import argparse, collections, contextlib, dataclasses, difflib, inspect, json, math, os, re, resource, signal, sys, time, zipfile
 from datetime import timedelta
 
 import numpy as np
@@ -17,7 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 SIZES = {"ti": (192, 12, 3), "s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "h": (1280, 32, 16), "g": (1536, 36, 24)}
+# Fields that a resumed run may change, and fields that must be at least 1.
 ELSEWHERE = "out data docs labels val workers log_every save_every eval_every compile micro grad_checkpoint fresh timeout dry_run".split()
+AT_LEAST_ONE = "batch steps resize image_size patch dim heads text_dim text_heads vocab_size save_every log_every timeout".split()
 
 
 class UserError(Exception):
@@ -32,7 +34,7 @@ def attention(q, k, v, mask=None, causal=False):
         if mask is None and causal:
             mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
         scores = q * q.shape[-1] ** -0.5 @ k.mT
-        return (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(-1, torch.float32).to(v.dtype) @ v
+        return (scores if mask is None else scores.masked_fill(~mask, torch.finfo(scores.dtype).min)).softmax(-1, torch.float32).to(v.dtype) @ v
     if mask is None or isinstance(mask, torch.Tensor):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None)
     from torch.nn.attention.flex_attention import flex_attention   # its import costs a second that only packed documents need
@@ -43,7 +45,8 @@ class Attention(nn.Module):
     """Multi-head self-attention under timm's names: qkv rows are all of q, then k, then v, inside each head by head."""
     def __init__(self, dim, heads):
         super().__init__()
-        assert dim % heads == 0, f"dim {dim} must divide into {heads} heads"
+        if dim % heads:
+            raise UserError(f"--dim {dim} does not divide into {heads} heads: try --heads {math.gcd(dim, heads)}")
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -85,11 +88,12 @@ def run_blocks(blocks, x, mask=None, causal=False, recompute=False):
 
 
 def init_weights(module):
-    """Truncated normal 0.02 for matrices and embeddings, zero biases: timm's ViT and BERT agree on it."""
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear) and module.bias is not None:
+    """Xavier-uniform matrices (MAE, and ViT's own code), which suits any width; embeddings truncated normal 0.02 (BERT); zero biases."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
+    if isinstance(module, nn.Embedding):
+        nn.init.trunc_normal_(module.weight, std=0.02)
 
 
 def sincos(grid, dim):
@@ -222,7 +226,10 @@ def start(cfg):
         raise UserError(f"--batch {cfg.batch} is the global batch and does not divide into {world()} ranks: try {-(-cfg.batch // world()) * world()}")
     if cfg.micro and cfg.batch // world() % cfg.micro:
         raise UserError(f"--micro {cfg.micro} does not divide the {cfg.batch // world()} rows of a rank")
-    os.makedirs(cfg.out, exist_ok=True)
+    try:
+        os.makedirs(cfg.out, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {cfg.out} cannot be a folder ({error}): choose another") from None
     torch.manual_seed(cfg.seed)                              # the same initial weights on every rank: nothing broadcasts them later
     return device
 
@@ -230,11 +237,13 @@ def start(cfg):
 def rank0_first(make):
     """Rank 0 runs make() while the others wait on the store, where no collective's timeout applies; then they run it and find it done."""
     global _turns
+    if _store is None:
+        return make()
     _turns += 1
-    if world() > 1 and rank() > 0 and _store is not None:
+    if rank() > 0:
         _store.wait([f"turn{_turns}"], timedelta(days=7))
     made = make()
-    if world() > 1 and rank() == 0 and _store is not None:
+    if rank() == 0:
         _store.set(f"turn{_turns}", "done")
     return made
 
@@ -258,13 +267,8 @@ def reduce_scatter(x):
 
 
 class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return all_gather(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return reduce_scatter(grad)                          # SUM: each rank's loss is a mean over its own rows, and gradients are averaged later
+    forward = staticmethod(lambda ctx, x: all_gather(x))
+    backward = staticmethod(lambda ctx, grad: reduce_scatter(grad))     # SUM: rank losses are means over own rows, and gradients get averaged
 
 
 def gather(x):
@@ -296,7 +300,7 @@ def average_gradients(params, bucket=2 ** 24):
 
 def generator(*key):
     """A CPU generator for integers such as (seed, step)."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+    return torch.Generator().manual_seed(int(np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)[0] >> 1))
 
 
 def row_noise(cfg, step, *shape):
@@ -359,7 +363,10 @@ def parse(Config, demo, doc="", argv=None):
         if given["size"] not in SIZES:
             raise UserError(f"--size {given['size']}: choose one of {' '.join(SIZES)}")
         values.update({k: v for k, v in zip(("dim", "depth", "heads"), SIZES[given["size"]]) if k not in given})
-    wrong = [f"--{k.replace('_', '-')} {v}" for k, v in values.items() if isinstance(v, (int, float)) and v < (k in ("batch", "steps")) - (k == "eval_every")]
+    least = {"eval_every": -1, "context": 3, "temperature": 1e-9, **dict.fromkeys(AT_LEAST_ONE, 1)}
+    wrong = [f"--{k.replace('_', '-')} {v}" for k, v in values.items() if isinstance(v, (int, float)) and not v >= least.get(k, 0)]
+    if values.get("schedule", "linear") not in ("linear", "cosine"):
+        raise UserError(f"--schedule {values['schedule']}: choose linear or cosine")
     if wrong:
         raise UserError(f"{', '.join(wrong)}: too small")
     return Config(**values)
@@ -395,12 +402,13 @@ def read_checkpoint(path):
     except FileNotFoundError:
         raise
     except Exception as error:                               # zip, pickle and torch each have their own words for a bad file
-        raise ValueError(f"{path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
+        raise ValueError(f"{path}: {str(error).partition(chr(10))[0] or type(error).__name__}") from None
 
 
 def save(cfg, model, opt, step, vocab, log):
     """Rank 0 writes out/last.pt; the one before becomes prev.pt. At every moment one of the two is whole."""
     if rank():
+        log.saved = step
         return
     state = {"method": type(model).__name__, "config": dataclasses.asdict(cfg), "vocab": vocab, "step": step,
              "model": model.state_dict(), "optimizer": opt.state_dict()}
@@ -419,7 +427,8 @@ def save(cfg, model, opt, step, vocab, log):
     except (OSError, RuntimeError) as error:                 # torch turns a full disk into a RuntimeError
         with contextlib.suppress(OSError):
             os.remove(tmp)
-        print0(f"warning: checkpoint of step {step} was not written ({str(error).splitlines()[0]}); the one before is kept, the next save tries again")
+        print0(f"warning: checkpoint of step {step} was not written ({str(error).partition(chr(10))[0]}); the one before is kept, "
+               "the next save tries again")
     else:
         log.saved = step
 
@@ -427,6 +436,10 @@ def save(cfg, model, opt, step, vocab, log):
 def resume(cfg, method):
     """State dict to go on from, or None for a new run. Refuses another method or another recipe; falls back to prev.pt."""
     if cfg.fresh and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
+        for name in ("last.pt", "prev.pt"):
+            with contextlib.suppress(FileNotFoundError):
+                if rank() == 0:
+                    os.remove(os.path.join(cfg.out, name))
         return None
     state, problems = None, []
     for name in ("last.pt", "prev.pt"):
@@ -441,6 +454,8 @@ def resume(cfg, method):
         if problems:
             raise UserError(f"no readable checkpoint in {cfg.out} ({'; '.join(problems)}): --fresh starts anew")
         return None
+    if problems and rank() == 0:
+        os.replace(f"{cfg.out}/last.pt", f"{cfg.out}/last.pt.damaged")
     if state["method"] != method:
         raise UserError(f"--out {cfg.out} holds a run of {state['method']}, not of {method}: choose another --out, or --fresh")
     now, then = dataclasses.asdict(cfg), state["config"]
@@ -486,7 +501,7 @@ class Log:
     def __init__(self, cfg, device, first, reasons):         # reasons: {why a sample was passed over: "hard", "soft" or "kept"}
         self.cfg, self.device, self.reasons = cfg, device, reasons
         self.path, self.lines, self.pending, self.saved = os.path.join(cfg.out, "log.jsonl"), [], None, first
-        self.stop, self.asked, self.totals, self.recent = False, 0.0, [0] * len(reasons), []
+        self.stop, self.asked, self.totals, self.recent = False, 0.0, collections.Counter(), []
         self.clock, self.waited, self.skipped = time.perf_counter(), 0.0, torch.zeros(len(reasons))
         self.bar = tqdm(total=cfg.steps, initial=first, disable=rank() > 0, unit="step", dynamic_ncols=True, mininterval=1.0)
         if rank() == 0:
@@ -495,18 +510,19 @@ class Log:
         with contextlib.suppress(ValueError):                # signals belong to the main thread: elsewhere there are none to take
             self.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
 
-    def on_signal(self, number, frame):
+    def on_signal(self, number, _):
         now = time.monotonic()
         if self.asked and now - self.asked > 5:              # launchers repeat a signal at once; a person repeats it when out of patience
             os._exit(128 + number)
         self.asked = self.asked or now
 
     def cut(self, first):
-        """Forget lines at or beyond the checkpoint's step, and a half-written last one: those steps are about to be run again."""
+        """Forget lines at or beyond the checkpoint's step, and broken ones: those steps are about to be run again."""
         keep = []
         if first and os.path.exists(self.path):
-            with open(self.path) as f:
-                keep = [line for line in f if line.endswith("}\n") and json.loads(line)["step"] < first]
+            for line in open(self.path, errors="replace").readlines():
+                with contextlib.suppress(ValueError, TypeError, KeyError):
+                    keep += [line] * (json.loads(line)["step"] < first and line.endswith("\n"))
         with open(self.path + ".tmp", "w") as f:
             f.writelines(keep)
         os.replace(self.path + ".tmp", self.path)
@@ -514,19 +530,23 @@ class Log:
     def next(self, batches):
         """The next batch, on the device; notes how long it was waited for and what was skipped to fill it."""
         began = time.perf_counter()
-        batch = next(batches)
+        try:
+            batch = next(batches)
+        except UserError as error:
+            self.fail(error)
         self.waited, self.skipped = time.perf_counter() - began, batch.pop("skipped")
         return {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
 
     def step(self, step, loss, terms, lr, grad_norm, temperature=None):
-        """loss and terms (dict): 0-dim tensors, this rank's shares; their mean over ranks is logged. The rest is equal on all ranks."""
-        shares = torch.stack([loss.detach(), *(t.detach() for t in terms.values())]).double()
-        told = torch.cat([shares, torch.cat([self.skipped.double(), torch.tensor([float(self.asked > 0)])]).to(shares, non_blocking=True)])
+        """loss and terms (dict): 0-dim tensors, this rank's shares, whose mean over ranks is logged. The rest is equal on all ranks."""
+        told = torch.stack([loss.detach(), *(t.detach() for t in terms.values())]).double()
+        told = torch.cat([told, torch.cat([self.skipped, torch.tensor([self.asked > 0])]).to(told, non_blocking=True)])
         work = dist.all_reduce(told, async_op=True) if world() > 1 else None
-        temperature = torch.full_like(grad_norm, math.nan) if temperature is None else temperature.to(grad_norm)
+        local = torch.stack([grad_norm.detach(), torch.full_like(grad_norm, math.nan) if temperature is None else temperature.to(grad_norm)])
         now = time.perf_counter()
-        took, self.clock = now - self.clock, now
-        before, self.pending = self.pending, (step, list(terms), told, work, lr, torch.stack([grad_norm.detach(), temperature]), self.waited, took)
+        row = {"step": step, "samples": (step + 1) * self.cfg.batch, "loss": 0, **dict.fromkeys(terms), "lr": lr, "grad_norm": 0, "temperature": 0,
+               "images_per_s": self.cfg.batch / (now - self.clock), "data_wait": self.waited / (now - self.clock), "skipped": 0}
+        before, self.pending, self.clock = self.pending, (row, terms, told, work, local), now
         if before:
             self.read(*before)
 
@@ -537,46 +557,53 @@ class Log:
             self.read(*before)
         self.flush()
 
-    def read(self, step, names, told, work, lr, local, waited, took):
+    def read(self, row, terms, told, work, local):
         if work:
             work.wait()
-        told, (grad_norm, temperature) = told.tolist(), local.tolist()
-        loss, *terms = [t / world() for t in told[:1 + len(names)]]
-        skipped = [int(s) for s in told[1 + len(names):-1]]
-        self.stop = told[-1] > 0
-        memory = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-            1 if sys.platform == "darwin" else 1024)
-        row = {"step": step, "samples": (step + 1) * self.cfg.batch, "loss": loss, **dict(zip(names, terms)), "lr": lr, "grad_norm": grad_norm,
-               "temperature": None if math.isnan(temperature) else temperature, "images_per_s": self.cfg.batch / took,
-               "data_wait": waited / took, "skipped": sum(s for s, kind in zip(skipped, self.reasons.values()) if kind != "kept"), "mem_gb": memory / 2 ** 30}
+        told = told.tolist()
+        values = [t / world() for t in told[:1 + len(terms)]] + local.tolist()
+        row.update({k: v if math.isfinite(v) else None for k, v in zip(["loss", *terms, "grad_norm", "temperature"], values)})   # JSON has no NaN
+        counts, self.stop = dict(zip(self.reasons, map(int, told[1 + len(terms):-1]))), told[-1] > 0
+        row["skipped"] = sum(n for reason, n in counts.items() if self.reasons[reason] != "kept")
+        row["mem_gb"] = (torch.cuda.max_memory_allocated() if self.device.type == "cuda"
+                         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)) / 2 ** 30
         self.lines.append(json.dumps(row) + "\n")
-        self.totals = [a + b for a, b in zip(self.totals, skipped)]
+        self.totals.update(counts)
+        self.recent = (self.recent + [sum(n for reason, n in counts.items() if self.reasons[reason] == "hard")])[-max(1, -(-1000 // self.cfg.batch)):]
         self.bar.update()
-        if step % self.cfg.log_every == 0:
+        if row["step"] % self.cfg.log_every == 0:
             self.flush()
-            self.bar.set_postfix_str(f"loss {loss:.3f}, {self.cfg.batch / took:.0f} images/s, waiting for data {waited / took:.0%}")
-        if not math.isfinite(loss) or not math.isfinite(grad_norm):
-            self.flush()
-            raise UserError(f"loss {loss}, gradient norm {grad_norm} at step {step}; last good checkpoint: "
-                            + (f"{self.cfg.out}/last.pt of step {self.saved}" if self.saved else "none yet") + "; try a lower --lr")
-        self.watch(sum(s for s, kind in zip(skipped, self.reasons.values()) if kind == "hard"))
-
-    def watch(self, unreadable):
-        self.recent = (self.recent + [unreadable])[-max(1, -(-1000 // self.cfg.batch)):]
+            self.bar.set_postfix_str(f"loss {values[0]:.3f}, {row['images_per_s']:.0f} images/s, waiting for data {row['data_wait']:.0%}")
+        if row["loss"] is None or row["grad_norm"] is None:
+            self.fail(f"loss {values[0]}, gradient norm {values[-2]} at step {row['step']}; last good checkpoint: "
+                      + (f"{self.cfg.out}/last.pt of step {self.saved}" if self.saved else "none yet") + "; try a lower --lr")
         seen = len(self.recent) * self.cfg.batch
         if seen >= 1000 and sum(self.recent) > 0.1 * seen:
-            raise UserError(f"{sum(self.recent)} of the last {seen} samples could not be read ({self.skips()}): python data.py check names them")
+            self.fail(f"{sum(self.recent)} of the last {seen} samples could not be read ({self.skips()}): python data.py check names them")
 
     def skips(self):
-        return ", ".join(f"{n} {reason}" for n, reason in zip(self.totals, self.reasons) if n) or "none"
+        return ", ".join(f"{n} {reason}" for reason, n in self.totals.items() if n)
+
+    def fail(self, message):
+        self.flush()
+        self.close()
+        raise UserError(message)
 
     def flush(self):
         if rank() == 0 and self.lines:
-            with open(self.path, "a") as f:
-                f.writelines(self.lines)
+            try:
+                with open(self.path, "a") as f:
+                    f.writelines(self.lines)
+            except OSError as error:
+                print0(f"warning: {self.path} was not written ({error})")
         self.lines = []
 
     def close(self):
+        """Give the terminal and the signals back; say what was left out, and how to go on if the run was stopped."""
         self.bar.close()
+        if self.skips():
+            print0(f"samples passed over or mended: {self.skips()}")
+        if self.stop:
+            print0(f"stopped after step {self.saved}: the same command goes on from there")
         for s, handler in self.handlers.items():
             signal.signal(s, handler)

@@ -46,9 +46,10 @@ def braces(pattern):
     if not found:
         return [pattern]
     low, high, names = found.groups()
-    width = max(len(low), len(high)) if low and (low[0] == "0" or high[0] == "0") else 0
-    choices = names.split(",") if names else [f"{i:0{width}d}" for i in range(int(low), int(high) + 1)]
-    return [pattern[:found.start()] + c + rest for rest in braces(pattern[found.end():]) for c in choices] if len(choices) else []
+    width = max(len(low), len(high)) if low and any(len(end) > 1 and end[0] == "0" for end in (low, high)) else 0
+    step = 1 if names or int(low) <= int(high) else -1
+    choices = names.split(",") if names else [f"{i:0{width}d}" for i in range(int(low), int(high) + step, step)]
+    return [pattern[:found.start()] + c + rest for c in choices for rest in braces(pattern[found.end():])]
 
 
 def expand(patterns, split="train"):
@@ -107,6 +108,8 @@ def scan(path):
             with tarfile.open(fileobj=f, mode="r:") as tar:
                 for member in tar:
                     tar.members = []                         # tarfile would keep every header of the archive
+                    if member.size < 0:                      # would lead back to an earlier member, for ever
+                        raise tarfile.TarError
                     name, suffix = split_name(member.name) if member.isreg() else (None, None)
                     if not name:
                         continue
@@ -131,7 +134,7 @@ def scan(path):
                 notes[f"_stats.json declares {declared} samples, found {len(rows)}"] += 1
         except (ValueError, KeyError, TypeError):
             notes["unreadable _stats.json"] += 1
-    return [r for r in rows if r[1] < 2 ** 31], first, {note: n for note, n in notes.items() if n}
+    return [r for r in rows if r[1] < 2 ** 31], first and first.encode(errors="replace").decode(), {note: n for note, n in notes.items() if n}
 
 
 class Index:
@@ -142,7 +145,13 @@ class Index:
     def __init__(self, paths):
         self.paths = [os.path.abspath(p) for p in paths]
         cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "vlp-index")
-        stamps = [(p, os.path.getsize(p), os.stat(p).st_mtime_ns) for p in self.paths]
+        stamps = []
+        try:
+            for p in self.paths:
+                with open(p, "rb") as f:                     # opened, so that what may not be read is told here
+                    stamps.append((p, os.fstat(f.fileno()).st_size, os.fstat(f.fileno()).st_mtime_ns))
+        except OSError as error:
+            raise UserError(f"shard {error.filename} cannot be read ({error.strerror})") from None
         self.file = os.path.join(cache, hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:24])
         if not os.path.exists(self.file + ".npy"):
             self.build(cache)
@@ -201,9 +210,13 @@ def unpack(raw):
             if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):    # long names and the like: tarfile knows them all
                 with tarfile.open(fileobj=io.BytesIO(raw + bytes(1024))) as tar:
                     pairs = [(split_name(m.name), tar.extractfile(m).read()) for m in tar if m.isreg()]
-                return pairs[0][0][0], {suffix: data for (_, suffix), data in pairs if suffix}
+                if len(keys := {name for (name, _), _ in pairs if name}) != 1:
+                    raise Skip("cut sample")
+                return keys.pop(), {suffix: data for (_, suffix), data in pairs if suffix}
             name, suffix = split_name(info.name)
             if suffix:
+                if key not in (None, name):                  # the shard was rewritten since it was indexed
+                    raise Skip("cut sample")
                 key, members[suffix] = name, raw[at + 512:at + 512 + info.size]
             at += 512 + -(-info.size // 512) * 512
     except (tarfile.TarError, ValueError, OSError):
@@ -285,12 +298,12 @@ class Sample:
             raise Skip("unreadable image") from None
 
 
-def squash(image, size, rng=None, flip=False):
-    """ALIGN's view (paper s5): both sides to 346/289 of `size`, then a crop, random with rng, central without. -> uint8 (3, size, size).
+def squash(image, size, rng=None, flip=False, full=346 / 289):
+    """ALIGN's view (paper s5): both sides to full * `size`, then a crop, random with rng, central without. -> uint8 (3, size, size).
 
     Squash and crop are one resize of the crop's box, so nothing outside it is computed.
     """
-    full = round(size * 346 / 289)
+    full = round(size * full)
     x, y = rng.integers(0, full - size + 1, 2) if rng is not None else [(full - size) // 2] * 2
     sx, sy = image.width / full, image.height / full
     view = np.asarray(image.resize((size, size), Image.BILINEAR, box=(x * sx, y * sy, (x + size) * sx, (y + size) * sy)))
@@ -426,7 +439,7 @@ class Tokenizer:
     Special tokens exist as ids only: no string in a text turns into one. Without merges it is a plain byte tokenizer.
     """
     PAD, BOS, EOS, MASK, SOI, EOI, IMG, UNUSED = SPECIAL = range(8)
-    WORDS = re.compile(r" ?\w+| ?[^\w\s]+|\s")              # every character belongs to exactly one piece, in any script
+    WORDS = re.compile(r" ?\w{1,64}| ?[^\w\s]{1,64}|\s")    # every character belongs to exactly one piece; merging is quadratic in its length
 
     def __init__(self, merges=()):
         self.merges = [tuple(m) for m in merges]
@@ -517,8 +530,9 @@ class Tokenizer:
         try:
             fields = json.loads(text)
             assert fields["special"] == len(cls.SPECIAL)
+            assert all(len(cls.SPECIAL) <= i < len(cls.SPECIAL) + 256 + k for k, m in enumerate(fields["merges"]) for i in m)
             return cls(fields["merges"])
-        except (ValueError, KeyError, TypeError, AssertionError, IndexError):
+        except (ValueError, KeyError, TypeError, AssertionError, IndexError, RecursionError):
             raise UserError(f"{origin} is not a vocabulary of ours: python data.py vocab makes one") from None
 
     def save(self, path):
@@ -530,8 +544,12 @@ class Tokenizer:
     def load(cls, path):
         if not os.path.exists(path):
             raise UserError(f"--vocab {path}: no such file; python data.py vocab makes one")
-        with open(path) as f:
-            return cls.loads(f.read(), path)
+        try:
+            with open(path, encoding="utf-8") as f:
+                text = f.read()
+        except (OSError, UnicodeDecodeError):
+            text = ""
+        return cls.loads(text, path)
 
 
 def first_captions(index, most=100_000):
@@ -542,7 +560,7 @@ def first_captions(index, most=100_000):
             found += index[i].captions()
         except Skip:
             pass
-        if not found and i + 1 == index.starts[1]:
+        if not found and i + 1 == index.starts[index.starts > 0][0]:
             raise UserError(f"no caption in the first shard, {index.paths[0]}: a caption is KEY.txt or \"caption\" in KEY.json")
     return found
 
@@ -562,6 +580,8 @@ def vocabulary(cfg, index, state):
 
 def with_world(cfg):
     """cfg, with the built-in world as its data where none is given."""
+    for pattern in cfg.val or ():
+        expand(pattern, "test")
     if cfg.data:
         return cfg
     folder = common.rank0_first(make_world)
@@ -579,9 +599,9 @@ TURN, SPIKES = np.linspace(0, 2 * np.pi, 60, endpoint=False), np.array([0.52, 0.
 CIRCLE = 0.5 + 0.5 * np.sin(TURN), 0.5 - 0.5 * np.cos(TURN)
 OUTLINES = {                                                           # x, y of polygons in the unit square; index + 1 is the mask's value
     "circle": CIRCLE, "square": ((0.06, 0.94, 0.94, 0.06), (0.06, 0.06, 0.94, 0.94)), "triangle": ((0.5, 1, 0), (0.03, 0.97, 0.97)),
-    "star": (0.5 + SPIKES * np.sin(TURN[::6]), 0.52 - SPIKES * np.cos(TURN[::6])), "diamond": ((0.5, 0.88, 0.5, 0.12), (0, 0.5, 1, 0.5)),
+    "star": (0.5 + SPIKES * np.sin(TURN[::6]), 0.52 - SPIKES * np.cos(TURN[::6])), "bar": ((0, 1, 1, 0), (0.34, 0.34, 0.66, 0.66)),
     "cross": ((.33, .67, .67, 1, 1, .67, .67, .33, .33, 0, 0, .33), (0, 0, .33, .33, .67, .67, 1, 1, .67, .67, .33, .33)), "ring": CIRCLE,
-    "heart": ((1 + np.sin(TURN) ** 3) / 2, .41 - (13 * np.cos(TURN) - 5 * np.cos(2 * TURN) - 2 * np.cos(3 * TURN) - np.cos(4 * TURN)) / 29)}
+    "pillar": ((0.34, 0.66, 0.66, 0.34), (0, 0, 1, 1))}
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 PLACES = (" at the top left", " at the top", " at the top right", " on the left", " in the middle", " on the right",
           " at the bottom left", " at the bottom", " at the bottom right")       # with a blank before, as some objects have none
@@ -610,14 +630,15 @@ def stencil(shape, side, texture):
 
 def scene(rng, unseen=False, objects=None, pair=None):
     """Objects of SEEN pairs, of UNSEEN ones or of the one given: things (last lines), ground (its name), image (RGB), mask (0 = ground)."""
-    n = 1 if pair else objects or (1 if rng.random() < 0.5 else int(rng.integers(2, 5)))
+    n = 1 if pair else objects or (1 if rng.random() < 0.7 else int(rng.integers(2, 5)))
     pool = [pair] if pair else UNSEEN if unseen else SEEN
     chosen = [pool[i] for i in rng.permutation(len(pool))[:n]]         # all different, so "the red circle" is one object
     fits = np.zeros(64, dtype=bool)
     while not fits.any():                                              # 64 layouts at a time, until the boxes of one stay apart
         large = rng.integers(0, 2, (64, n))                            # so in crowded scenes, which rarely fit, small objects prevail
-        sides = np.where(large, rng.integers(21, 26, (64, n)), rng.integers(13, 17, (64, n)))              # pixels
-        starts = (MARGIN + rng.random((2, 64, n)) * (SIDE - 2 * MARGIN - sides + 1)).astype(int)
+        sides = np.where(large, rng.integers(27, 32, (64, n)), rng.integers(17, 21, (64, n)))              # pixels
+        centres = rng.choice((17, 32, 47), (2, 64, n)) + rng.integers(-2, 3, (2, 64, n))
+        starts = (centres - sides // 2).clip(MARGIN, SIDE - MARGIN - sides)
         clear = (starts[..., None, :] > (starts + sides)[..., None]).any(0)                # (64, n, n) [i, j]: j begins right of or below i
         fits = (clear | clear.swapaxes(1, 2) | np.eye(n, dtype=bool)).all((1, 2))
     ground, how = list(GROUNDS)[rng.integers(4)], [(2, 2), (5, 5), (32, 32), (1, 9), (9, 1)][rng.integers(5)]  # gradient, blobs, noise, bar
@@ -625,11 +646,11 @@ def scene(rng, unseen=False, objects=None, pair=None):
     image = Image.fromarray(grid.clip(0, 255).astype(np.uint8)).resize((SIDE, SIDE), Image.NEAREST if 1 in how else Image.BICUBIC)
     mask, things = Image.new("L", (SIDE, SIDE)), []
     for (colour, shape), big, side, (x, y) in zip(chosen, large[fits][0], sides[fits][0].tolist(), starts[:, fits][:, 0].T.tolist()):
-        size, texture = ("small", "large")[big], ("plain", "striped", "dotted")[rng.integers(3)]
+        size, texture = ("small", "large")[big], ("plain", "plain", "striped", "dotted")[rng.integers(4)]
         cover, dark, hard = stencil(shape, side, texture)
         rgb = (np.array(COLOURS[colour]) * rng.uniform(0.85, 1.05)).clip(0, 255)
         image.paste(tuple(rgb.astype(int).tolist()), (x, y), cover)
-        image.paste(tuple((0.5 * rgb).astype(int).tolist()), (x, y), dark)
+        image.paste(tuple((0.6 * rgb).astype(int).tolist()), (x, y), dark)
         mask.paste(1 + list(OUTLINES).index(shape), (x, y), hard)
         left, top, right, bottom = np.add(hard.getbbox(), (x, y, x, y)).tolist()             # tight
         cx, cy = (left + right) / 2, (top + bottom) / 2
@@ -653,17 +674,17 @@ def captions(scene, rng):
     order = [scene.things[i] for i in rng.permutation(len(scene.things))]
     a, ground = order[0], f"on a {scene.ground} background"
     if len(order) == 1:
-        options = [f"a {a.name}", f"a picture of a {a.name}", f"a {a.size} {a.name}", f"one {a.name}{a.place}", f"a {a.name} {ground}",
-                   f"a {a.full}{a.place}", f"a {a.full}{a.place}, {ground}"]
+        brief = [f"a {a.name}", f"a picture of a {a.name}", f"one {a.name}"]
+        detailed = [f"a {a.size} {a.name}", f"one {a.name}{a.place}", f"a {a.name} {ground}", f"a {a.full}{a.place}", f"a {a.full}{a.place}, {ground}"]
     else:
         a, b = ([(a, b) for a in order for b in order if relation(a, b)] or [order])[0][:2]
         every = [f"a {thing.name}" for thing in order]
         both = f"a {a.full}{a.place} and " + (f"a {b.size} {b.name} {relation(b, a)} it" if relation(b, a) else f"a {b.full}{b.place}")
-        options = [f"a {a.name}", f"a {b.name} and a {a.name}", f"a picture of {' and '.join(every[:rng.integers(2, len(every) + 1)])}",
-                   f"{('two', 'three', 'four')[len(every) - 2]} objects: {', '.join(every[:-1])} and {every[-1]}",
-                   f"a {a.name} {relation(a, b) or 'with'} a {b.name}", both, f"{both}, {ground}"]
-    options = list(dict.fromkeys(options))                             # a plain object between places makes two of them equal
-    return [options[i] for i in sorted(rng.permutation(len(options))[:4])]
+        brief = [f"a {a.name}", f"a {b.name} and a {a.name}", f"a picture of {' and '.join(every[:rng.integers(2, len(every) + 1)])}"]
+        detailed = [f"{('two', 'three', 'four')[len(every) - 2]} objects: {', '.join(every[:-1])} and {every[-1]}",
+                    f"a {a.name} {relation(a, b) or 'with'} a {b.name}", both, f"{both}, {ground}"]
+    detailed = [d for d in dict.fromkeys(detailed) if d not in brief]  # a plain object between places makes some of them equal
+    return [options[i] for options in (brief, detailed) for i in sorted(rng.permutation(len(options))[:2])]
 
 
 def questions(scene, rng):

@@ -322,7 +322,7 @@ def read(index, wanted, model):
     """This rank's share of an index -> uint8 images (n, 3, S, S), wanted(sample) of each, their sample numbers. Unusable samples are
     left out and counted aloud."""
     size = model.vision.grid * model.vision.patch
-    view = data.squash if getattr(model, "squash", False) else data.centre
+    view = (lambda image, size: data.squash(image, size, full=model.resize)) if hasattr(model, "resize") else data.centre
 
     def one(i):
         try:
@@ -332,24 +332,27 @@ def read(index, wanted, model):
             return str(reason)
     with ThreadPoolExecutor(os.cpu_count()) as pool:         # Pillow lets go of the interpreter while it decodes
         rows = list(pool.map(one, range(rank() * len(index) // world(), (rank() + 1) * len(index) // world())))
-    if lost := [r for r in rows if isinstance(r, str)]:
-        print(f"warning: {len(lost)} of {len(rows)} samples left out of the evaluation: {', '.join(sorted(set(lost)))}", file=sys.stderr)
-    images, extras, ids = zip(*(r for r in rows if not isinstance(r, str))) if len(lost) < len(rows) else ((), (), ())
-    return torch.from_numpy(np.stack(images) if images else np.zeros((0, 3, size, size), np.uint8)), list(extras), torch.tensor(ids, dtype=torch.long)
+    lost, rows = [r for r in rows if isinstance(r, str)], [r for r in rows if not isinstance(r, str)]
+    if not sum(common.all_gather(torch.tensor([len(rows)])).tolist()):
+        raise UserError(f"none of the {len(index)} samples of {index.paths[0]} ... can be evaluated: {', '.join(sorted(set(lost)))}")
+    if lost:
+        print(f"warning: {len(lost)} of {len(rows) + len(lost)} samples left out of the evaluation: {', '.join(sorted(set(lost)))}", file=sys.stderr)
+    images, extras, ids = zip(*rows) if rows else ((), (), ())
+    return torch.from_numpy(np.array(images, np.uint8).reshape(-1, 3, size, size)), list(extras), torch.tensor(ids, dtype=torch.long)
 
 
 @torch.no_grad()
 def in_batches(fn, cfg, device, *rows, size=256):
     """fn over batches of rows, in the run's precision -> float32 on the CPU."""
     with common.autocast(cfg, device):
-        parts = [fn(*(r.to(device) for r in batch)).float().cpu() for batch in zip(*(r.split(size) for r in rows)) if len(batch[0])]
+        parts = [fn(*(r.to(device) for r in batch)).float().cpu() for batch in zip(*(r.split(size) for r in rows))]
     return torch.cat(parts)
 
 
 def encode_texts(model, tokenizer, texts, cfg, device):
     """Captions -> (T, E) unit."""
-    tokens, valid = (torch.from_numpy(np.stack(x)) for x in zip(*(tokenizer.pad(t, cfg.context) for t in texts)))
-    return in_batches(model.encode_text, cfg, device, tokens, valid)
+    rows = np.array([np.stack(tokenizer.pad(t, cfg.context)) for t in texts], np.int64).reshape(-1, 2, cfg.context)
+    return in_batches(model.encode_text, cfg, device, torch.from_numpy(rows[:, 0]), torch.from_numpy(rows[:, 1]) > 0)
 
 
 def embed_pairs(model, tokenizer, index, cfg, device):
@@ -358,7 +361,7 @@ def embed_pairs(model, tokenizer, index, cfg, device):
     image = in_batches(model.encode_image, cfg, device, images)
     text = encode_texts(model, tokenizer, [c for cs in captions for c in cs], cfg, device)
     before = sum(common.all_gather(torch.tensor([len(image)])).tolist()[:rank()])
-    owner = before + torch.repeat_interleave(torch.arange(len(captions)), torch.tensor([len(c) for c in captions]))
+    owner = before + torch.repeat_interleave(torch.arange(len(captions)), torch.tensor([len(c) for c in captions], dtype=torch.long))
     return tuple(map(collect, (image, text, owner, ids)))
 
 
@@ -366,7 +369,7 @@ def pooled(model, index, cfg, device):
     """Labelled shards -> mean patch tokens after the final norm (I, D) and labels (I,)."""
     images, labels, _ = read(index, lambda s: s.label(), model)
     tokens = lambda x: model.vision(x)[:, model.vision.cls_token is not None:].mean(1)
-    return collect(in_batches(tokens, cfg, device, images)), collect(torch.tensor(labels))
+    return collect(in_batches(tokens, cfg, device, images)), collect(torch.tensor(labels, dtype=torch.long))
 
 
 # ---- protocols: each returns [(metric, value, n)] ----
@@ -380,7 +383,7 @@ def zeroshot(model, tokenizer, paths, cfg, device):
     templates = data.beside(paths, "zeroshot_classification_templates.txt") or ["a photo of a {c}."]
     index = rank0_first(lambda: data.Index(paths))
     images, labels, _ = read(index, lambda s: s.label(), model)
-    image, labels = collect(in_batches(model.encode_image, cfg, device, images)), collect(torch.tensor(labels))
+    image, labels = collect(in_batches(model.encode_image, cfg, device, images)), collect(torch.tensor(labels, dtype=torch.long))
     if int(labels.max()) >= len(names):
         raise UserError(f"label {int(labels.max())} in {paths[0]}, but only {len(names)} class names beside it")
     prompts = [t.replace("{c}", n).replace("{}", n) for n in names for t in templates]

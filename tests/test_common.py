@@ -415,7 +415,7 @@ def read(*argv):
 @pytest.mark.parametrize("name", [n for n in FIELDS if n != "size"])
 def test_every_field_has_its_flag_with_hyphens(name):
     flag, kind = "--" + name.replace("_", "-"), FIELDS[name].type
-    word = {"schedule": "cosine", "precision": "bf16", "dim": "24", "text_dim": "24", "image_size": "64"}.get(name, {int: "8", float: "0.5"}.get(kind, "x"))
+    word = {"schedule": "cosine", "resize": "1.5", "precision": "bf16", "dim": "24", "text_dim": "24", "image_size": "64"}.get(name, {int: "8", float: "0.5"}.get(kind, "x"))
     words, want = ([], True) if kind is bool else (["a", "b"], ["a", "b"]) if kind is list else ([word], kind(word))
     cfg = read(flag, *words, *[] if name == "data" else ["--data", "somewhere"])
     assert getattr(cfg, name) == want and type(getattr(cfg, name)) is kind
@@ -1044,7 +1044,7 @@ def test_saving_memory_does_not_change_the_weights(whole, tmp_path, change):
         if name.endswith("qkv.bias"):                        # softmax does not see the keys' bias: its gradient is rounding, which LAMB magnifies
             d = len(a[name]) // 3
             a[name][d:2 * d] = b[name][d:2 * d]
-        assert (a[name] - b[name]).norm() <= 1e-6 * a[name].norm(), name
+        assert (a[name] - b[name]).norm() <= 1e-5 * a[name].norm(), name      # float32 sums in another order, three steps on
 
 
 def test_nothing_is_saved_from_a_step_whose_loss_is_no_number(whole, tmp_path, monkeypatch):

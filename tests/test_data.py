@@ -360,7 +360,8 @@ def test_an_index_travels_to_another_process_as_its_paths(tmp_path):
     index = Index([write_tar(tmp_path / "0.tar", TOY)])
     assert index[1].key == "1"                               # holds an open file by now, which cannot travel
     packed = pickle.dumps(index)
-    assert len(packed) < 1000 and pickle.loads(packed)[2].members == index[2].members
+    twin = pickle.loads(packed)
+    assert len(packed) < 500 and twin.fds == {} and twin[2].members == index[2].members
 
 
 def test_few_files_stay_open_however_many_shards_are_read(tmp_path):
@@ -690,6 +691,7 @@ def test_a_position_that_cannot_be_read_is_filled_by_the_next_and_nothing_shifts
         want[p] = order[q % 40]
     assert got["n"].flatten().tolist() == want
     assert counts(got["skipped"].sum(0)) == {"no image": tries}
+    assert len(set(zip(want, got["draw"].flatten().tolist()))) == len(set(want))             # a sample that fills in draws what it draws in its own place
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -719,7 +721,7 @@ def test_a_shard_that_shrinks_or_changes_after_indexing_is_cut_samples(tmp_path)
     with open(path, "r+b") as f:
         f.seek(5632)
         f.write(b"\x01" * 512)                               # header of 1.jpg
-        f.truncate(16000)
+        f.truncate(14000)                                    # in the pixels of 2.jpg
     assert index[0].members["txt"] == b"AA" and [reason(index.__getitem__, i) for i in (1, 2)] == ["cut sample"] * 2
 
 
@@ -835,8 +837,10 @@ def test_training_on_random_strings_agrees_too():
 
 
 def test_encoding_applies_the_merges_in_the_order_they_were_learned():
-    tokenizer = Tokenizer.train(TEXTS, 1000)
-    for text in TEXTS + ["that hat on the mat sat", "aaaaaaaaa", "catthehat"]:
+    draw = random.Random(2)
+    texts = TEXTS + ["".join(draw.choice("aabc ") for _ in range(draw.randrange(1, 60))) for _ in range(40)]
+    tokenizer = Tokenizer.train(texts[:30], 1000)
+    for text in texts:
         want = []
         for w in re.findall(r" ?\w+| ?[^\w\s]+|\s", text):
             ids = [8 + b for b in w.encode()]
@@ -1138,7 +1142,7 @@ def test_masks_and_pixels_under_the_boxes_are_what_the_boxes_say(scenes):
             assert set(mask[area][inside]) == {1 + list(data.OUTLINES).index(thing.shape)}
             assert inside[0].any() and inside[-1].any() and inside[:, 0].any() and inside[:, -1].any()      # the box is tight
             assert thing.texture or hue(image[area][inside]) == thing.colour, fields["boxes"]
-            assert (thing.size == "large") == (max(box["w"], box["h"]) > 16)
+            assert (thing.size == "large") == (max(box["w"], box["h"]) > 21)
             rest[area] = 0
         assert not rest.any()
 
@@ -1204,11 +1208,11 @@ def test_check_names_what_is_wrong_and_where(tmp_path, capsys, damage, told):
         members[3:6] = [("1.json", b'{"text_list": ["A dog."], "image_info": []}'), ("1.0.jpg", good), ("1.1.jpg", good[:-60])]
     if damage == "stats":
         (tmp_path / "0_stats.json").write_text('{"successes": 9}')
-    path = write_tar(tmp_path / "0.tar", members)
+    path, before = write_tar(tmp_path / "0.tar", members), write_tar(tmp_path / "before.tar", [("x.jpg", good), ("x.txt", b"fine")])
     if damage == "cut":
         with open(path, "r+b") as f:
             f.truncate(4000)
-    assert data.check([path]) is True
+    assert data.check([before, path]) is True
     out = capsys.readouterr().out
     line = next(line for line in out.splitlines() if told in line)
     assert line.split()[0] == "1" and path in line and (damage in ("cut", "twice", "stats") or ", sample 1)" in line)
