@@ -7,6 +7,8 @@ Read ViT and Block (the models), then gather and average_gradients (what makes W
 import argparse, collections, contextlib, dataclasses, difflib, inspect, json, math, os, re, resource, signal, sys, time, zipfile
 from datetime import timedelta
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")          # read when torch loads OpenMP: threads that spin while they wait take the loader's core
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -268,7 +270,7 @@ def reduce_scatter(x):
 
 class _Gather(torch.autograd.Function):
     forward = staticmethod(lambda ctx, x: all_gather(x))
-    backward = staticmethod(lambda ctx, grad: reduce_scatter(grad))     # SUM: rank losses are means over own rows, and gradients get averaged
+    backward = staticmethod(lambda ctx, grad: reduce_scatter(grad))     # SUM: rank losses are means over own rows; gradients get averaged
 
 
 def gather(x):
@@ -474,7 +476,7 @@ def restore(state, model, opt):
     return state["step"]
 
 
-def describe(cfg, device, model, index, plan, first, peak):
+def describe(cfg, device, model, index, first, peak):
     """The lines a run opens with; config.json."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     millions = sum(p.numel() for p in model.parameters()) / 1e6

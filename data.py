@@ -630,14 +630,14 @@ def stencil(shape, side, texture):
 
 def scene(rng, unseen=False, objects=None, pair=None):
     """Objects of SEEN pairs, of UNSEEN ones or of the one given: things (last lines), ground (its name), image (RGB), mask (0 = ground)."""
-    n = 1 if pair else objects or (1 if rng.random() < 0.7 else int(rng.integers(2, 5)))
+    n = 1 if pair else objects or (1 if rng.random() < 0.75 else int(rng.integers(2, 5)))
     pool = [pair] if pair else UNSEEN if unseen else SEEN
     chosen = [pool[i] for i in rng.permutation(len(pool))[:n]]         # all different, so "the red circle" is one object
     fits = np.zeros(64, dtype=bool)
     while not fits.any():                                              # 64 layouts at a time, until the boxes of one stay apart
         large = rng.integers(0, 2, (64, n))                            # so in crowded scenes, which rarely fit, small objects prevail
         sides = np.where(large, rng.integers(27, 32, (64, n)), rng.integers(17, 21, (64, n)))              # pixels
-        centres = rng.choice((17, 32, 47), (2, 64, n)) + rng.integers(-2, 3, (2, 64, n))
+        centres = rng.choice((17, 32, 47), (2, 64, n)) + rng.integers(-1, 2, (2, 64, n))
         starts = (centres - sides // 2).clip(MARGIN, SIDE - MARGIN - sides)
         clear = (starts[..., None, :] > (starts + sides)[..., None]).any(0)                # (64, n, n) [i, j]: j begins right of or below i
         fits = (clear | clear.swapaxes(1, 2) | np.eye(n, dtype=bool)).all((1, 2))
