@@ -76,7 +76,7 @@ class Config:
 # The built-in world on two CPU cores. From temperature 1.0 a short run would spend its time on the way to 0.05. Neither crops nor flips: the
 # scenes vary enough by themselves, and their captions say left and right.
 DEMO = dict(image_size=48, patch=8, dim=128, depth=3, heads=4, text_dim=64, text_depth=2, text_heads=2, context=16, vocab_size=512, flip=False,
-            resize=1.0, temperature=0.05, batch=256, steps=760, lr=8e-3, warmup=40, save_every=200)
+            resize=1.0, temperature=0.05, batch=256, steps=620, lr=8e-3, warmup=40, save_every=200)
 
 
 class ALIGN(nn.Module):

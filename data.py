@@ -637,8 +637,7 @@ def scene(rng, unseen=False, objects=None, pair=None):
     while not fits.any():                                              # 64 layouts at a time, until the boxes of one stay apart
         large = rng.integers(0, 2, (64, n))                            # so in crowded scenes, which rarely fit, small objects prevail
         sides = np.where(large, rng.integers(27, 32, (64, n)), rng.integers(17, 21, (64, n)))              # pixels
-        centres = rng.choice((17, 32, 47), (2, 64, n)) + rng.integers(-1, 2, (2, 64, n))
-        starts = (centres - sides // 2).clip(MARGIN, SIDE - MARGIN - sides)
+        starts = (rng.choice((17, 32, 47), (2, 64, n)) - sides // 2).clip(MARGIN, SIDE - MARGIN - sides)           # nine places
         clear = (starts[..., None, :] > (starts + sides)[..., None]).any(0)                # (64, n, n) [i, j]: j begins right of or below i
         fits = (clear | clear.swapaxes(1, 2) | np.eye(n, dtype=bool)).all((1, 2))
     ground, how = list(GROUNDS)[rng.integers(4)], [(2, 2), (5, 5), (32, 32), (1, 9), (9, 1)][rng.integers(5)]  # gradient, blobs, noise, bar
