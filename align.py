@@ -214,7 +214,8 @@ def draw(model, tokenizer, cfg, device):
     evaluation.sheet(cells, f"{cfg.out}/retrieval.png", 6, f"Query (left) and its five nearest among {len(image)} {title}; right ones framed", 128)
     evaluation.matrix(sim[first[chosen]][:, chosen], f"{cfg.out}/similarity.png", [picture(i) for i in chosen], [caption(first[i]) for i in chosen],
                       f"Cosine of 16 {title}")
-    evaluation.curves(f"{cfg.out}/log.jsonl", f"{cfg.out}/curves.png", ["loss", "lr", "temperature", "grad_norm"], f"ALIGN, {cfg.steps} steps of {cfg.batch}")
+    evaluation.curves(f"{cfg.out}/log.jsonl", f"{cfg.out}/curves.png", ["loss", "lr", "temperature", "grad_norm"],
+                      f"ALIGN, {cfg.steps} steps of {cfg.batch}")
 
 
 def main(cfg):

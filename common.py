@@ -480,9 +480,9 @@ def describe(cfg, device, model, index, first, peak):
     """The lines a run opens with; config.json."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    print0(f"{type(model).__name__}: {millions:.1f} M parameters, {world()} rank(s) on {name}, {'bf16' if autocast(cfg, device)._enabled else 'fp32'}")
-    size = sum(map(os.path.getsize, index.paths)) / 1e9
-    print0(f"data: {len(index.paths)} shards, {len(index):,} samples, {size:.2f} GB, first key {index.first_key}")
+    precision = "bf16" if autocast(cfg, device)._enabled else "fp32"
+    print0(f"{type(model).__name__}: {millions:.1f} M parameters, {world()} rank(s) on {name}, {precision}")
+    print0(f"data: {index.summary()}, first key {index.first_key}")
     for path, notes in list(index.notes.items())[:5]:
         print0(f"warning: {path}: {', '.join(f'{k} ({n})' for k, n in notes.items())}")
     print0(f"{cfg.steps:,} steps of {cfg.batch} = {cfg.steps * cfg.batch / len(index):.1f} epochs, lr {cfg.lr:g} -> {peak:g}, to {cfg.out}"

@@ -9,7 +9,8 @@ A shard is a plain tar whose neighbouring members share a key: 0001.jpg 0001.txt
 sample at which step), Sample (what is in it), Batches (how they meet).
 Departure from stream readers: random access by an index, so that order and resume do not depend on ranks or workers.
 """
-import argparse, atexit, collections, dataclasses, functools, glob, hashlib, heapq, io, itertools, json, os, re, signal, sys, tarfile, tempfile, warnings
+import argparse, atexit, collections, dataclasses, functools, glob, hashlib, heapq, io, itertools, json, os, re, signal, sys, tarfile
+import tempfile, warnings
 from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
 
@@ -65,7 +66,8 @@ def expand(patterns, split="train"):
             else:
                 found = sorted(glob.glob(p)) if glob.has_magic(p) and not os.path.exists(p) else [p] * os.path.exists(p)
             if not found:
-                raise UserError(f"{pattern}: no such {split} shards" + (f" (expanded to {p})" if p != pattern else "") + ": give tar files, a folder or a glob")
+                seen = f" (expanded to {p})" if p != pattern else ""
+                raise UserError(f"{pattern}: no such {split} shards{seen}: give tar files, a folder or a glob")
             paths += found
     return list(dict.fromkeys(paths))
 
@@ -180,6 +182,9 @@ class Index:
 
     def __len__(self):
         return len(self.rows)
+
+    def summary(self):
+        return f"{len(self.paths)} shards, {len(self):,} samples, {sum(map(os.path.getsize, self.paths)) / 1e9:.2f} GB"
 
     def __reduce__(self):                                    # a worker that is not forked maps the rows anew instead of copying them
         return Index, (self.paths,)
@@ -542,14 +547,10 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path):
-        if not os.path.exists(path):
+        if not os.path.isfile(path):
             raise UserError(f"--vocab {path}: no such file; python data.py vocab makes one")
-        try:
-            with open(path, encoding="utf-8") as f:
-                text = f.read()
-        except (OSError, UnicodeDecodeError):
-            text = ""
-        return cls.loads(text, path)
+        with open(path, encoding="utf-8", errors="replace") as f:
+            return cls.loads(f.read(), path)
 
 
 def first_captions(index, most=100_000):
@@ -574,7 +575,8 @@ def vocabulary(cfg, index, state):
         Tokenizer.train(first_captions(index), cfg.vocab_size).save(path)
     tokenizer = Tokenizer.load(path)
     if tokenizer.vocab_size > cfg.vocab_size:
-        raise UserError(f"--vocab {path} has {tokenizer.vocab_size} ids, more than --vocab-size {cfg.vocab_size}: give --vocab-size {tokenizer.vocab_size}")
+        raise UserError(f"--vocab {path} has {tokenizer.vocab_size} ids, more than --vocab-size {cfg.vocab_size}: "
+                        f"give --vocab-size {tokenizer.vocab_size}")
     return tokenizer
 
 
@@ -674,7 +676,8 @@ def captions(scene, rng):
     a, ground = order[0], f"on a {scene.ground} background"
     if len(order) == 1:
         brief = [f"a {a.name}", f"a picture of a {a.name}", f"one {a.name}"]
-        detailed = [f"a {a.size} {a.name}", f"one {a.name}{a.place}", f"a {a.name} {ground}", f"a {a.full}{a.place}", f"a {a.full}{a.place}, {ground}"]
+        detailed = [f"a {a.size} {a.name}", f"one {a.name}{a.place}", f"a {a.name} {ground}", f"a {a.full}{a.place}",
+                    f"a {a.full}{a.place}, {ground}"]
     else:
         a, b = ([(a, b) for a in order for b in order if relation(a, b)] or [order])[0][:2]
         every = [f"a {thing.name}" for thing in order]
@@ -806,7 +809,7 @@ def check(paths):
         for note, n in notes.items():
             wrong[note] += n
             where.setdefault(note, path)
-    print(f"{len(index.paths)} shards, {len(index):,} samples, {sum(map(os.path.getsize, index.paths)) / 1e9:.2f} GB: "
+    print(index.summary() + ": "
           + ("nothing wrong" if not wrong else "\n  " + "\n  ".join(f"{n:6} {reason} (first: {where[reason]})" for reason, n in wrong.most_common())))
     return bool(wrong)
 
@@ -814,8 +817,8 @@ def check(paths):
 def main(argv=None):
     parser = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     tasks = parser.add_subparsers(dest="task", required=True, metavar="make|index|check|vocab")
-    for name, note in (("index", "locate the samples of shards, and say what is odd about the archives"), ("check", "read every sample; exit 1 if any cannot be used"),
-                       ("vocab", "train a vocabulary on captions")):
+    for name, note in (("index", "locate the samples of shards, and say what is odd about the archives"),
+                       ("check", "read every sample; exit 1 if any cannot be used"), ("vocab", "train a vocabulary on captions")):
         tasks.add_parser(name, help=note).add_argument("shards", nargs="+")
     tasks.choices["vocab"].add_argument("--size", type=int, default=32_000, help="number of ids")
     tasks.choices["vocab"].add_argument("--out", default="vocab.json")
@@ -837,7 +840,7 @@ def main(argv=None):
         tokenizer.save(args["out"])
         print(f"{args['out']}: {tokenizer.vocab_size} ids")
     else:
-        print(f"{len(index.paths)} shards, {len(index):,} samples, {sum(map(os.path.getsize, index.paths)) / 1e9:.2f} GB, first key {index.first_key}")
+        print(index.summary() + f", first key {index.first_key}")
         for path, notes in index.notes.items():
             print(f"{path}: {', '.join(f'{k} ({n})' for k, n in notes.items())}")
 

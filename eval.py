@@ -392,7 +392,8 @@ def zeroshot(model, tokenizer, paths, cfg, device):
     unseen = torch.tensor([n in (data.beside(paths, "unseen.txt") or ()) for n in names])[labels]
     groups = {"_seen": ~unseen, "_unseen": unseen} if unseen.any() else {"": ~unseen}
     found = [(f"zeroshot{suffix}", accuracy(scores[rows], labels[rows]), int(rows.sum())) for suffix, rows in groups.items()]
-    return found + [(f"zeroshot{suffix}_top5", accuracy(scores[rows], labels[rows], 5), int(rows.sum())) for suffix, rows in groups.items() if len(names) > 5]
+    return found + [(f"zeroshot{suffix}_top5", accuracy(scores[rows], labels[rows], 5), int(rows.sum()))
+                    for suffix, rows in groups.items() if len(names) > 5]
 
 
 def retrieval(model, tokenizer, paths, cfg, device):
