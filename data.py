@@ -136,6 +136,7 @@ def scan(path):
                 notes[f"_stats.json declares {declared} samples, found {len(rows)}"] += 1
         except (ValueError, KeyError, TypeError):
             notes["unreadable _stats.json"] += 1
+    notes["sample over 2 GiB"] = sum(span >= 2 ** 31 for _, span in rows)
     return [r for r in rows if r[1] < 2 ** 31], first and first.encode(errors="replace").decode(), {note: n for note, n in notes.items() if n}
 
 
