@@ -11,7 +11,7 @@ paper has WordPiece; (4) LAMB leaves 1-D tensors without decay and adaptation an
 Dimension key: B pairs of this rank, G = B * ranks, N patches, L text tokens, D image width = E joint embedding.
 """
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import common                    # before torch: it sets how OpenMP waits
@@ -21,7 +21,7 @@ from torch import nn
 
 import data
 import eval as evaluation
-from common import TextTransformer, ViT, average_gradients, lr_at, print0, rank, unit, world
+from common import TextTransformer, ViT, average_gradients, lr_at, rank, unit, world
 
 
 @dataclass

@@ -522,7 +522,9 @@ class Log:
         """Forget lines at or beyond the checkpoint's step, and broken ones: those steps are about to be run again."""
         keep = []
         if first and os.path.exists(self.path):
-            for line in open(self.path, errors="replace").readlines():
+            with open(self.path, errors="replace") as f:
+                lines = f.readlines()
+            for line in lines:
                 with contextlib.suppress(ValueError, TypeError, KeyError):
                     keep += [line] * (json.loads(line)["step"] < first and line.endswith("\n"))
         with open(self.path + ".tmp", "w") as f:

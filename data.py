@@ -584,7 +584,7 @@ def vocabulary(cfg, index, state):
 def with_world(cfg):
     """cfg, with the built-in world as its data where none is given."""
     for pattern in cfg.val or ():
-        expand(pattern, "test")
+        expand(pattern, "test")                              # a mistyped --val is told now, not after the last step
     if cfg.data:
         return cfg
     folder = common.rank0_first(make_world)

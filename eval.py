@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import common
 import data
-from common import UserError, print0, rank, rank0_first, unit, world
+from common import UserError, print0, rank, rank0_first, world
 
 METHODS = {"ALIGN": "align", "MUG": "mug", "LCL": "lcl", "TiMix": "timix", "M3I": "m3i"}
 
