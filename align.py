@@ -196,13 +196,10 @@ def example(sample, rng, cfg, tokenizer):
 
 def draw(model, tokenizer, cfg, device):
     """out/curves.png; out/retrieval.png: queries with their five nearest, the right ones framed; out/similarity.png: 16 pairs."""
-    held_out = next((p for p in ([v, data.expand(v, "test")] for v in cfg.val or ()) if evaluation.tasks_for(p[1]) == ["retrieval"]), None)
-    where, paths = held_out or (cfg.data, data.expand(cfg.data)[:1])
-    index = common.rank0_first(lambda: data.Index(paths))
+    index, title = evaluation.held_out(cfg)
     image, text, owner, ids = evaluation.embed_pairs(model, tokenizer, index, cfg, device)       # all ranks share this work
     if rank():
         return
-    title = f"{'held-out' if held_out else 'training'} pairs"
     sim, first = text @ image.T, torch.searchsorted(owner, torch.arange(len(image)))             # first caption of each image
     picture = lambda i: index[ids[i]].image()
     caption = lambda t: index[ids[owner[t]]].captions(lines=True)[t - first[owner[t]]]
@@ -229,8 +226,9 @@ def main(cfg):
     model = ALIGN(cfg).to(device)
     opt = Lamb(model.parameters(), wd=cfg.wd)
     first, peak = common.restore(state, model, opt), cfg.lr
-    common.describe(cfg, device, model, index, first, peak)
-    batches = data.Loader(data.Batches(index, plan, partial(example, cfg=cfg, tokenizer=tokenizer), rank(), world()), first, cfg, device)
+    rows = [data.Rows(index, plan, partial(example, cfg=cfg, tokenizer=tokenizer))]
+    common.describe(cfg, device, model, rows, first, peak)
+    batches = data.Loader(data.Batches(rows, cfg.batch, rank(), world()), first, cfg, device)
     forward = common.compiled(model, cfg, device)
     log = common.Log(cfg, device, first, data.REASONS)
 

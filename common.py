@@ -18,6 +18,9 @@ from torch.distributed.rendezvous import rendezvous
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+# torch 2.13 gave these two new names and warns at every call of the old ones
+ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 SIZES = {"ti": (192, 12, 3), "s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "h": (1280, 32, 16), "g": (1536, 36, 24)}
 # Fields that a resumed run may change, and fields that must be at least 1.
 ELSEWHERE = "out data docs labels val workers log_every save_every eval_every compile micro grad_checkpoint fresh timeout dry_run".split()
@@ -48,14 +51,17 @@ class Attention(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
         if dim % heads:
-            raise UserError(f"--dim {dim} does not divide into {heads} heads: try --heads {math.gcd(dim, heads)}")
+            raise UserError(f"a width (--dim ...) of {dim} does not divide into {heads} heads: try {math.gcd(dim, heads)}")
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x, mask=None, causal=False):
+    def forward(self, x, mask=None, causal=False, past=None):
+        """past: list that holds keys and values of all earlier tokens (empty at first) and takes in those of x, one token a call."""
         B, L, D = x.shape
         q, k, v = self.qkv(x).view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)   # each (B, H, L, D/H)
+        if past is not None:
+            past[:] = k, v = [torch.cat(pair, 2) for pair in zip(past, (k, v))] or [k, v]
         return self.proj(attention(q, k, v, mask, causal).transpose(1, 2).reshape(B, L, D))
 
 
@@ -78,14 +84,15 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(mlp_ratio * dim))
 
-    def forward(self, x, mask=None, causal=False):           # x (B, L, D)
-        x = x + self.attn(self.norm1(x), mask, causal)
+    def forward(self, x, mask=None, causal=False, past=None):    # x (B, L, D)
+        x = x + self.attn(self.norm1(x), mask, causal, past)
         return x + self.mlp(self.norm2(x))
 
 
-def run_blocks(blocks, x, mask=None, causal=False, recompute=False):
-    for block in blocks:
-        x = checkpoint(block, x, mask, causal, use_reentrant=False) if recompute and x.requires_grad else block(x, mask, causal)
+def run_blocks(blocks, x, *args, recompute=False, past=None):
+    """x through the blocks. recompute: each anew in backward. past: one list of keys and values for each block (see Attention)."""
+    for block, seen in zip(blocks, past or [None] * len(blocks)):
+        x = checkpoint(block, x, *args, use_reentrant=False) if recompute and x.requires_grad else block(x, *args, past=seen)
     return x
 
 
@@ -93,13 +100,16 @@ def init_weights(module):
     """Xavier-uniform matrices (MAE, and ViT's own code), which suits any width; embeddings truncated normal 0.02 (BERT); zero biases."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
     if isinstance(module, nn.Embedding):
         nn.init.trunc_normal_(module.weight, std=0.02)
 
 
 def sincos(grid, dim):
     """Fixed 2-D sine-cosine positions (grid * grid, dim), as MAE stores them: the first half of the width tells the column, the second the row."""
+    if dim % 4:
+        raise UserError(f"a width (--dim ...) of {dim} is no multiple of 4, as sine-cosine positions need: try {-(-dim // 4) * 4}")
     omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
     angle = torch.arange(grid, dtype=torch.float64)[:, None] * omega                             # (grid, dim/4)
     table = torch.cat([angle.sin(), angle.cos()], 1)                                             # (grid, dim/2)
@@ -169,10 +179,19 @@ class TextTransformer(nn.Module):
         self.apply(init_weights)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
-    def forward(self, tokens, valid):                        # both (B, L); valid is True on text, False on the padding behind it
-        x = self.token_embed(tokens) + self.pos_embed[:tokens.shape[1]]
-        mask = None if self.causal else valid[:, None, None, :]   # padding comes last: a causal mask alone keeps it out of sight
-        return self.norm(run_blocks(self.blocks, x, mask, self.causal, self.recompute))
+    def forward(self, tokens, valid=None, at=0, past=None):
+        """tokens, valid (B, L) -> (B, L, D). valid: True on text, False on the padding behind it; causal needs none, as padding comes last.
+        past (causal only): lists as run_blocks takes them; then tokens is (B, 1), the one at position `at`."""
+        x = self.token_embed(tokens) + self.pos_embed[at:at + tokens.shape[1]]
+        mask = None if self.causal else valid[:, None, None, :]
+        return self.norm(run_blocks(self.blocks, x, mask, self.causal and past is None, recompute=self.recompute, past=past))
+
+
+def adamw(model, cfg, betas, eps=1e-8):
+    """AdamW with decay on matrices and longer shapes only (MAE: biases, gains and other 1-D parameters have none)."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    wide, thin = [p for p in params if p.ndim >= 2], [p for p in params if p.ndim < 2]
+    return torch.optim.AdamW([{"params": wide, "weight_decay": cfg.wd}, {"params": thin, "weight_decay": 0.0}], betas=betas, eps=eps, fused=True)
 
 
 def unit(x):
@@ -255,8 +274,16 @@ def all_gather(x):
     if world() == 1:
         return x
     out = x.new_empty(world() * len(x), *x.shape[1:])
-    dist.all_gather_into_tensor(out, x.detach().contiguous())
+    ALL_GATHER(out, x.detach().contiguous())
     return out
+
+
+def total(x):
+    """Sum of x over ranks; carries no gradient. For counts: a mean over all ranks divides by the total, never by a rank's own."""
+    x = x.detach().clone()
+    if world() > 1:
+        dist.all_reduce(x)
+    return x
 
 
 def reduce_scatter(x):
@@ -264,7 +291,7 @@ def reduce_scatter(x):
     if world() == 1:
         return x
     out = x.new_empty(len(x) // world(), *x.shape[1:])
-    dist.reduce_scatter_tensor(out, x.contiguous())
+    REDUCE_SCATTER(out, x.contiguous())
     return out
 
 
@@ -476,17 +503,17 @@ def restore(state, model, opt):
     return state["step"]
 
 
-def describe(cfg, device, model, index, first, peak):
+def describe(cfg, device, model, sources, first, peak):
     """The lines a run opens with; config.json."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     precision = "bf16" if autocast(cfg, device)._enabled else "fp32"
     print0(f"{type(model).__name__}: {millions:.1f} M parameters, {world()} rank(s) on {name}, {precision}")
-    print0(f"data: {index.summary()}, first key {index.first_key}")
-    for path, notes in list(index.notes.items())[:5]:
-        print0(f"warning: {path}: {', '.join(f'{k} ({n})' for k, n in notes.items())}")
-    print0(f"{cfg.steps:,} steps of {cfg.batch} = {cfg.steps * cfg.batch / len(index):.1f} epochs, lr {cfg.lr:g} -> {peak:g}, to {cfg.out}"
-           + (f"; going on from step {first}" if first else ""))
+    for index, batch in ((s.index, s.plan.batch) for s in sources if s):
+        print0(f"data: {index.summary()}, first key {index.first_key}; {batch} a step, {cfg.steps * batch / len(index):.1f} epochs")
+        for path, notes in list(index.notes.items())[:5]:
+            print0(f"warning: {path}: {', '.join(f'{k} ({n})' for k, n in notes.items())}")
+    print0(f"{cfg.steps:,} steps of {cfg.batch}, lr {cfg.lr:g} -> {peak:g}, to {cfg.out}" + (f"; going on from step {first}" if first else ""))
     if rank() == 0:
         with open(os.path.join(cfg.out, "config.json"), "w") as f:
             json.dump(dataclasses.asdict(cfg), f, indent=1)

@@ -9,8 +9,8 @@ A shard is a plain tar whose neighbouring members share a key: 0001.jpg 0001.txt
 sample at which step), Sample (what is in it), Batches (how they meet).
 Departure from stream readers: random access by an index, so that order and resume do not depend on ranks or workers.
 """
-import argparse, atexit, collections, dataclasses, functools, glob, hashlib, heapq, io, itertools, json, os, re, signal, sys, tarfile
-import tempfile, warnings
+import argparse, atexit, collections, contextlib, dataclasses, functools, glob, hashlib, heapq, io, itertools, json, multiprocessing
+import os, re, signal, sys, tarfile, tempfile, warnings, zipfile
 from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
 
@@ -27,7 +27,8 @@ MAX_PIXELS = 25_000_000          # open_clip's guard, checked before anything is
 MAX_CAPTION = 10_000             # characters; what lies beyond cannot reach any context length here
 # Why a sample is passed over, and whether that counts towards the tenth that stops a run: "kept" is counted but delivered.
 REASONS = {"shard gone": "hard", "cut sample": "hard", "unreadable json": "hard", "no image": "hard", "unreadable image": "hard",
-           "too many pixels": "hard", "no caption": "hard", "no class": "hard", "empty caption": "soft", "caption not UTF-8": "kept"}
+           "too many pixels": "hard", "no caption": "hard", "no class": "hard", "no document": "hard", "empty caption": "soft",
+           "no image left": "soft", "caption not UTF-8": "kept"}
 
 
 class Skip(Exception):
@@ -168,8 +169,11 @@ class Index:
     def build(self, cache):
         try:
             os.makedirs(cache, exist_ok=True)
-            with ProcessPoolExecutor(min(len(self.paths), os.cpu_count())) as pool:
-                found = list(tqdm(pool.map(scan, self.paths), "indexing", len(self.paths), unit="shard", leave=False, disable=len(self.paths) < 50))
+            if len(self.paths) < 50:                         # starting processes would take longer
+                found = list(map(scan, self.paths))
+            else:                                            # not forked: this process may have threads of torch and gloo
+                with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+                    found = list(tqdm(pool.map(scan, self.paths), "indexing", len(self.paths), unit="shard", leave=False))
             rows = np.concatenate([np.array([(shard, *row) for row in f[0]], ROW) for shard, f in enumerate(found)])
             starts = np.cumsum([0] + [len(f[0]) for f in found]).tolist()
             notes = {p: f[2] for p, f in zip(self.paths, found) if f[2]}
@@ -278,9 +282,10 @@ class Sample:
         except (KeyError, ValueError):
             raise Skip("no class") from None
 
-    def image(self, near=None):
-        """RGB PIL image, upright. near: a JPEG may be decoded at a fraction of its size, both sides staying >= near."""
-        raw = next((self.members[s] for s in IMAGES if s in self.members), None)
+    def image(self, near=None, member=None):
+        """RGB PIL image, upright. near: a JPEG may be decoded at a fraction of its size, both sides staying >= near. member: the suffix of one
+        of several images."""
+        raw = self.members.get(member) if member else next((self.members[s] for s in IMAGES if s in self.members), None)
         if raw is None:
             raise Skip("no image")
         try:
@@ -304,6 +309,43 @@ class Sample:
             raise Skip("unreadable image") from None
 
 
+    def document(self, rng, near=None, least=0.24, most=6, first=0.5):
+        """Sentences (str) and PIL images in reading order. Fields "texts" and "images", in which one of the two stands at each place
+        (OBELICS), are in order already. "text_list" and "image_info" (MMC4) get LCL's rules (its released loader): images whose matched_sim is at
+        least `least`, or not given; one for a sentence, drawn; the first `most`; each before its sentence with probability `first`, else
+        after it. Images that are missing or unreadable are left out; Skip if none is left."""
+        def picture(name):
+            with contextlib.suppress(Skip):
+                return self.image(near, split_name(name)[1] or "-")
+
+        if self.has_document("texts", "images"):
+            pairs = itertools.zip_longest(self.json["texts"], self.json["images"])
+            places = [t if isinstance(t, str) else (n,) for t, n in pairs if isinstance(t or n, str)]      # an image's name in a tuple
+            for extra in [i for i, p in enumerate(places) if isinstance(p, tuple)][:most - 1:-1]:
+                del places[extra]
+            segments = [picture(*p) if isinstance(p, tuple) else p for p in places]
+        elif self.has_document("text_list", "image_info"):
+            matched, texts, segments = {}, [t if isinstance(t, str) else "" for t in self.json["text_list"]], []
+            for info in (i for i in self.json["image_info"] if isinstance(i, dict)):
+                name, at, sim = (info.get(field) for field in ("image_name", "matched_text_index", "matched_sim"))
+                similar = sim is None or isinstance(sim, (int, float)) and sim >= least
+                if similar and isinstance(name, str) and isinstance(at, int) and 0 <= at < len(texts):
+                    matched.setdefault(at, []).append(name)
+            chosen = {at: picture(names[int(rng.integers(len(names)))]) for at, names in sorted(matched.items())[:most]}
+            for at, text in enumerate(texts):
+                block = [text, chosen.get(at)]
+                segments += block[::-1] if block[1] and rng.random() < first else block
+        else:
+            raise Skip("no document")
+        segments = [s for s in segments if s]
+        if all(isinstance(s, str) for s in segments):
+            raise Skip("no image left")
+        return segments
+
+    def has_document(self, *fields):
+        return all(isinstance(self.json.get(f), list) for f in fields)
+
+
 def squash(image, size, rng=None, flip=False, full=346 / 289):
     """ALIGN's view (paper s5): both sides to full * `size`, then a crop, random with rng, central without. -> uint8 (3, size, size).
 
@@ -318,12 +360,28 @@ def squash(image, size, rng=None, flip=False, full=346 / 289):
     return np.ascontiguousarray(view.transpose(2, 0, 1))
 
 
+def random_box(rng, width, height, scale, ratio=(3 / 4, 4 / 3)):
+    """(x, y, w, h) of a random resized crop (torchvision's): area in (scale, 1) of the image's, sides in `ratio`; central after ten misses."""
+    for _ in range(10):
+        area, r = width * height * rng.uniform(scale, 1), np.exp(rng.uniform(*np.log(ratio)))
+        w, h = round((area * r) ** 0.5), round((area / r) ** 0.5)
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1)), w, h
+    w, h = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def crop(image, box, size, flip=False):
+    """The box (x, y, w, h) of an image, bicubic -> uint8 (3, size, size)."""
+    x, y, w, h = box
+    view = np.asarray(image.resize((size, size), Image.BICUBIC, box=(x, y, x + w, y + h)))
+    return np.ascontiguousarray((view[:, ::-1] if flip else view).transpose(2, 0, 1))
+
+
 def centre(image, size):
     """The usual evaluation view: short side to `size`, bicubic, central square. -> uint8 (3, size, size)."""
     short = min(image.size)
-    x, y = (image.width - short) / 2, (image.height - short) / 2
-    view = image.resize((size, size), Image.BICUBIC, box=(x, y, x + short, y + short))
-    return np.ascontiguousarray(np.asarray(view).transpose(2, 0, 1))
+    return crop(image, ((image.width - short) / 2, (image.height - short) / 2, short, short), size)
 
 
 # ---- which sample at which step ----
@@ -369,17 +427,16 @@ class Plan:
         return step // self.steps_per_epoch, step % self.steps_per_epoch * self.batch + row
 
 
-class Batches(torch.utils.data.Dataset):
-    """Item `step`: this rank's rows of the step's global batch, {name: tensor (B, ...)}, and "skipped", counts in the order of REASONS.
+class Rows:
+    """A source of training rows: samples of an index in the order of a plan, made by example(sample, rng) -> {name: numpy array}.
 
-    example(sample, rng) -> {name: numpy array}; it may raise Skip. A position that cannot be read is filled by the next one of the epoch that
-    can, so nothing shifts. rng depends on (seed, epoch, sample) alone.
+    example may raise Skip. A position that cannot be read is filled by the next one of the epoch that can, so nothing shifts. rng depends on
+    (seed, epoch, sample) alone.
     """
-    def __init__(self, index, plan, example, rank=0, world=1):
+    def __init__(self, index, plan, example):
         self.index, self.plan, self.example = index, plan, example
-        self.rows = range(rank * plan.batch // world, (rank + 1) * plan.batch // world)
 
-    def row(self, step, row, skipped):
+    def __call__(self, step, row, skipped):
         epoch, position = self.plan.position(step, row)
         for p in range(position, position + self.plan.n):
             i = self.plan.sample(epoch, p % self.plan.n)
@@ -392,17 +449,38 @@ class Batches(torch.utils.data.Dataset):
                 skipped[str(reason)] += 1
         raise UserError(f"none of the {self.plan.n} samples can be used ({dict(skipped)}): python data.py check tells more")
 
+
+def stack(rows):
+    """[{name: array}] -> {name: tensor (B, ...)}"""
+    return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+
+
+def shares(batch, share):
+    """How many rows of a global batch are of the first and of the second kind: row i is of the second iff floor((i+1)p) > floor(ip)."""
+    second = int(batch * share + 1e-9)
+    return batch - second, second
+
+
+class Batches(torch.utils.data.Dataset):
+    """Item `step`: this rank's rows of the step's global batch, collate(rows), and "skipped", counts in the order of REASONS.
+
+    sources: one Rows, whose plan cuts whole global batches, or two, whose plans' batches are shares(batch, share); either may be None where it
+    has no rows.
+    """
+    def __init__(self, sources, batch, rank=0, world=1, share=0.0, collate=stack):
+        self.sources, self.share, self.collate = sources, share, collate
+        self.rows = range(rank * batch // world, (rank + 1) * batch // world)
+
     def __getitem__(self, step):
-        skipped, out = collections.Counter(), {}
+        skipped, rows = collections.Counter(), []
         try:
-            for at, row in enumerate(self.rows):
-                for name, value in self.row(step, row, skipped).items():
-                    if name not in out:
-                        out[name] = np.empty((len(self.rows), *np.shape(value)), np.asarray(value).dtype)
-                    out[name][at] = value
+            for row in self.rows:
+                before = int(row * self.share + 1e-9)        # rows of the second kind among the earlier ones
+                second = int((row + 1) * self.share + 1e-9) > before
+                rows.append(self.sources[second](step, before if second else row - before, skipped))
         except UserError as error:                           # an exception would reach the main process wrapped in a traceback
             return {"error": str(error)}
-        return {**{k: torch.from_numpy(v) for k, v in out.items()}, "skipped": torch.tensor([skipped[r] for r in REASONS])}
+        return {**self.collate(rows), "skipped": torch.tensor([skipped[r] for r in REASONS])}
 
 
 def _ignore_signals(_):
@@ -525,8 +603,8 @@ class Tokenizer:
         return np.array(ids + [self.PAD] * (length - len(ids))), np.arange(length) < len(ids)
 
     def decode(self, ids):
-        """Text of token ids; special tokens vanish, bytes that are not UTF-8 become the replacement character."""
-        return b"".join(self.bytes[int(i)] for i in ids).decode(errors="replace")
+        """Text of token ids; special tokens and ids without a meaning vanish, bytes that are not UTF-8 become the replacement character."""
+        return b"".join(self.bytes[i] for i in map(int, ids) if i < len(self.bytes)).decode(errors="replace")
 
     def dumps(self):
         return json.dumps({"type": "byte-level BPE", "special": len(self.SPECIAL), "merges": self.merges})
@@ -559,7 +637,8 @@ def first_captions(index, most=100_000):
     found = []
     for i in range(min(len(index), most)):
         try:
-            found += index[i].captions()
+            texts = index[i].json.get("text_list") or index[i].json.get("texts") or index[i].captions()
+            found += [t for t in texts if isinstance(t, str)]
         except Skip:
             pass
         if not found and i + 1 == index.starts[index.starts > 0][0]:
@@ -581,15 +660,17 @@ def vocabulary(cfg, index, state):
     return tokenizer
 
 
-def with_world(cfg):
-    """cfg, with the built-in world as its data where none is given."""
+def with_world(cfg, **fields):
+    """cfg, with the built-in world as its data where none is given. fields: the part of the world that each field takes, else data="pairs"."""
     for pattern in cfg.val or ():
         expand(pattern, "test")                              # a mistyped --val is told now, not after the last step
-    if cfg.data:
+    if any(getattr(cfg, field, None) for field in ("data", "docs", "labels")):
         return cfg
-    folder = common.rank0_first(make_world)
-    print0(f"demo on the built-in world in {folder}; --data takes your shards (KEY.jpg + KEY.txt in plain tars)")
-    return dataclasses.replace(cfg, data=[f"{folder}/pairs"], val=cfg.val or [f"{folder}/pairs", f"{folder}/labels"])
+    fields = fields or {"data": "pairs"}
+    folder = common.rank0_first(lambda: make_world(parts=tuple(dict.fromkeys(("pairs", "labels", *fields.values())))))
+    print0(f"demo on the built-in world in {folder}; --{' --'.join(fields)} takes your shards")
+    return dataclasses.replace(cfg, **{field: [f"{folder}/{part}"] for field, part in fields.items()},
+                               val=cfg.val or [f"{folder}/pairs", f"{folder}/labels"])
 
 
 # ---- the built-in world: scenes of simple objects, small enough for a laptop, rich enough that every method here shows a result ----
@@ -749,14 +830,12 @@ def write_shard(path, stream, numbers, **world):
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for number in numbers:
             for suffix, value in record(stream, number, **world).items():
-                info, data = tarfile.TarInfo(f"{number:08d}.{suffix}"), io.BytesIO()         # mtime, uid, gid are 0, so bytes repeat
+                raw = io.BytesIO()
                 if isinstance(value, Image.Image):
-                    value.save(data, "PNG" if suffix == "seg.png" else "JPEG", quality=90)
+                    value.save(raw, "PNG" if suffix == "seg.png" else "JPEG", quality=90)
                 else:
-                    data.write(json.dumps(value).encode())
-                info.size = data.tell()
-                data.seek(0)
-                tar.addfile(info, data)
+                    raw.write(json.dumps(value).encode())
+                add(tar, f"{number:08d}.{suffix}", raw.getvalue())
 
 
 def make_world(root="runs", scenes=20000, documents=4000, seed=0, noise=0.0, parts=("pairs", "labels")):
@@ -781,6 +860,116 @@ def make_world(root="runs", scenes=20000, documents=4000, seed=0, noise=0.0, par
     return folder
 
 
+# ---- other layouts -> our shards: generators of {suffix: bytes or path, "json": dict}, in which an image is named by its suffix ----
+
+def json_lines(paths, dropped):
+    """Objects of .jsonl files, plain or inside a .zip."""
+    for path in paths:
+        try:
+            with contextlib.ExitStack() as stack:
+                files = [stack.enter_context(open(path, "rb"))]
+                if zipfile.is_zipfile(path):
+                    archive = stack.enter_context(zipfile.ZipFile(path))
+                    files = [stack.enter_context(archive.open(name)) for name in archive.namelist() if name.endswith(".jsonl")]
+                for line in itertools.chain(*files):
+                    try:
+                        found = json.loads(line)
+                    except (ValueError, RecursionError):
+                        found = None
+                    if isinstance(found, dict):
+                        yield found
+                    else:
+                        dropped["line that is no JSON object"] += 1
+        except (OSError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path} cannot be read ({error})") from None
+
+
+def from_mmc4(doc, files, dropped):
+    """MMC4 (formats 3.1): text_list, image_info with image_name, matched_text_index, matched_sim. Images that were never downloaded are normal."""
+    if not all(isinstance(doc.get(k), list) for k in ("text_list", "image_info")):
+        dropped["document without the lists text_list and image_info"] += 1
+        return None
+    images, info = {}, []
+    for entry in (e for e in doc["image_info"] if isinstance(e, dict)):
+        path = files.get(os.path.basename(str(entry.get("image_name"))))
+        if path is None:
+            dropped["image that is not in the folder"] += 1
+            continue
+        suffix = f"{len(images)}.{path.rsplit('.', 1)[1].lower()}"
+        images[suffix] = path
+        info.append({"image_name": suffix, **{k: entry[k] for k in ("matched_text_index", "matched_sim", "raw_url") if k in entry}})
+    return {"json": {"url": doc.get("url"), "text_list": doc["text_list"], "image_info": info}, **images}
+
+
+def from_obelics(doc, files, dropped):
+    """OBELICS (formats 4): texts and images, of which one is set at each place; images are URLs or file names."""
+    if not all(isinstance(doc.get(k), list) for k in ("texts", "images")):
+        dropped["document without the lists texts and images"] += 1
+        return None
+    images, texts, names = {}, [], []
+    for text, url in itertools.zip_longest(doc["texts"], doc["images"]):
+        path = files.get(url) or files.get(os.path.basename(str(url)))
+        if isinstance(text, str) and text != "END_OF_DOCUMENT_TOKEN_TO_BE_REPLACED":
+            texts, names = texts + [text], names + [None]
+        elif isinstance(url, str) and path:
+            suffix = f"{len(images)}.{path.rsplit('.', 1)[1].lower()}"
+            images[suffix] = path
+            texts, names = texts + [None], names + [suffix]
+        elif isinstance(url, str):
+            dropped["image that is not in the folder"] += 1
+    return {"json": {"texts": texts, "images": names}, **images}
+
+
+LAYOUTS = {"mmc4": from_mmc4, "obelics": from_obelics}
+
+
+def convert(layout, sources, images, out, url_map=None, per_shard=1000):
+    """Documents in .jsonl(.zip) files and a folder of images -> train-*.tar in `out`. Prints what was dropped and why."""
+    if not os.path.isdir(images):
+        raise UserError(f"--images {images} is no folder: it holds the documents' images")
+    files = {name: os.path.join(folder, name) for folder, _, names in os.walk(images) for name in names if name.lower().endswith(IMAGES)}
+    if url_map:
+        with open(url_map, encoding="utf-8") as f:
+            files.update({url: files[os.path.basename(name)] for url, name in json.load(f).items() if os.path.basename(name) in files})
+    os.makedirs(out, exist_ok=True)
+    dropped, number, tar = collections.Counter(), 0, None
+    for doc in tqdm(json_lines(sources, dropped), "converting", unit="document", leave=False, disable=None):
+        made = LAYOUTS[layout](doc, files, dropped)
+        if not made or len(made) == 1:
+            dropped["document without an image"] += made is not None
+            continue
+        if number % per_shard == 0:
+            tar = finish(tar, tarfile.open(f"{out}/train-{number // per_shard:05d}.tar.part", "w", format=tarfile.USTAR_FORMAT))
+        key = f"{number:09d}"
+        for entry in made["json"].get("image_info", ()):
+            entry["image_name"] = f"{key}.{entry['image_name']}"
+        if "images" in made["json"]:
+            made["json"]["images"] = [name and f"{key}.{name}" for name in made["json"]["images"]]
+        add(tar, f"{key}.json", json.dumps(made.pop("json")).encode())
+        for suffix, path in made.items():
+            with open(path, "rb") as f:
+                add(tar, f"{key}.{suffix}", f.read())
+        number += 1
+    finish(tar)
+    print(f"{out}: {number} documents" + "".join(f"\n  {n:6} dropped: {reason}" for reason, n in dropped.most_common() if n))
+    if not number:
+        raise UserError(f"no document of {len(sources)} file(s) could be converted: is --from {layout} right?")
+
+
+def finish(tar, following=None):
+    """A shard gets its name when it is complete."""
+    if tar:
+        tar.close()
+        os.replace(tar.name, tar.name.removesuffix(".part"))
+    return following
+
+
+def add(tar, name, raw):
+    info = tarfile.TarInfo(name)                             # mtime, uid, gid are 0, so bytes repeat
+    info.size = len(raw)
+    tar.addfile(info, io.BytesIO(raw))
+
+
 # ---- command line ----
 
 def check(paths):
@@ -790,7 +979,7 @@ def check(paths):
     for i in tqdm(range(len(index)), "checking", unit="sample", leave=False, disable=None):
         try:
             sample = index[i]
-            if "text_list" in sample.json:                   # a document: its pictures are members 0.jpg, 1.jpg, ...
+            if {"text_list", "texts"} & sample.json.keys():  # a document: its pictures are members 0.jpg, 1.jpg, ...
                 pictures = [Sample(sample.key, {"jpg": raw}) for suffix, raw in sample.members.items() if suffix.endswith(IMAGES)]
             else:
                 pictures = [sample]
@@ -817,7 +1006,7 @@ def check(paths):
 
 def main(argv=None):
     parser = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    tasks = parser.add_subparsers(dest="task", required=True, metavar="make|index|check|vocab")
+    tasks = parser.add_subparsers(dest="task", required=True, metavar="make|index|check|vocab|convert")
     for name, note in (("index", "locate the samples of shards, and say what is odd about the archives"),
                        ("check", "read every sample; exit 1 if any cannot be used"), ("vocab", "train a vocabulary on captions")):
         tasks.add_parser(name, help=note).add_argument("shards", nargs="+")
@@ -827,10 +1016,19 @@ def main(argv=None):
     for name, default in (("root", "runs"), ("scenes", 20000), ("documents", 4000), ("seed", 0), ("noise", 0.0)):
         make.add_argument(f"--{name}", type=type(default), default=default, help=f"[{default}]")
     make.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    other = tasks.add_parser("convert", help="write documents of another layout as shards")
+    other.add_argument("sources", nargs="+", metavar="FILE", help=".jsonl or .jsonl.zip")
+    other.add_argument("--from", dest="layout", choices=LAYOUTS, required=True)
+    other.add_argument("--images", required=True, help="folder of the images, searched with its sub-folders")
+    other.add_argument("--map", dest="url_map", help="JSON file {url: file name}, where documents name images by URL")
+    other.add_argument("--out", required=True)
     args = vars(parser.parse_args(argv))
     task = args.pop("task")
     if task == "make":
         print(make_world(**args))
+        return
+    if task == "convert":
+        convert(**args)
         return
     paths = expand(args["shards"])
     if task == "check":

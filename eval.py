@@ -9,7 +9,7 @@ Every number is a fraction of the whole split. Several ranks share the work with
 
 Dimension key: I images, T texts, C classes, P prompts of a class, E joint embedding, D width.
 """
-import argparse, colorsys, contextlib, hashlib, importlib, json, math, os, sys
+import argparse, collections, colorsys, contextlib, functools, hashlib, importlib, json, math, operator, os, sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -88,6 +88,91 @@ def knn(train, train_labels, test, k=20):                    # train (N, E), tra
 def prompt_ensemble(embeds):                                 # (C, P, E): P prompts of each class, any length -> (C, E), unit length
     """Zero-shot classifier of CLIP: mean of unit vectors, made unit again. Without the inner step long vectors win (formats 11.1)."""
     return F.normalize(F.normalize(embeds, dim=-1).mean(1), dim=-1)
+
+
+def logistic(x, y, C, start):                                # x (N, E) float64, y (N,), start = weights (E, classes) and bias (classes,)
+    """Logistic regression as scikit-learn states it: |W|^2 / 2 + C * summed cross-entropy, full-batch L-BFGS, until the gradient of the mean is
+    below 1e-4 or for 1,000 iterations. -> weights, bias"""
+    W, b = (p.clone().requires_grad_() for p in start)
+    opt = torch.optim.LBFGS([W, b], max_iter=1000, tolerance_grad=1e-4, line_search_fn="strong_wolfe")
+
+    def closure():
+        opt.zero_grad()
+        loss = F.cross_entropy(x @ W + b, y) + W.square().sum() / (2 * C * len(y))
+        loss.backward()
+        return loss
+    opt.step(closure)
+    return W.detach(), b.detach()
+
+
+def linear_probe(train, train_labels, test):                 # train (N, E), train_labels (N,), test (M, E) -> labels (M,)
+    """CLIP's probe: logistic regression on features as they are. C is searched as CLIP does (appendix A.3), coarser: the powers of a hundred from
+    1e-6 to 1e6, then steps of 10, 3.2 and 1.8 around the best, by accuracy on every fifth training row; then all rows are fitted."""
+    assert len(train) >= 5, f"{len(train)} training rows: a fifth of them is needed to choose C"
+    train, test, classes = train.double(), test.double(), int(train_labels.max()) + 1
+    held, scores = torch.arange(len(train), device=train.device) % 5 == 4, {}
+    fits = {-math.inf: (train.new_zeros(train.shape[1], classes), train.new_zeros(classes))}
+
+    def predict(fit, x):
+        return (x @ fit[0] + fit[1]).argmax(1)
+
+    def score(power):
+        if power not in scores:                              # started where the next smaller C ended: the optimum is the same, and near
+            fits[power] = logistic(train[~held], train_labels[~held], 10.0 ** power, fits[max(p for p in fits if p < power)])
+            scores[power] = (predict(fits[power], train[held]) == train_labels[held]).double().mean().item()
+        return scores[power]
+    best = max(range(-6, 7, 2), key=score)
+    for step in (1, 0.5, 0.25):
+        best = max((best, best - step, best + step), key=score)
+    return predict(logistic(train, train_labels, 10.0 ** best, fits[best]), test)
+
+
+def words(text):
+    """Simple tokens (ours, for the reference's Java tokeniser; formats 9.10): lower case, split at white space, marks stripped."""
+    return [w for w in (w.strip("'`\"()[]{}.?!,:;-") for w in text.lower().split()) if w]
+
+
+def ngrams(text, most=4):
+    """[Counter of n-grams for n = 1 .. most]."""
+    tokens = words(text)
+    return [collections.Counter(zip(*(tokens[i:] for i in range(n)))) for n in range(1, most + 1)]
+
+
+def bleu(hyps, refs):                                        # hyps [str], refs [[str, ...]] -> [BLEU-1, .., BLEU-4]
+    """Corpus BLEU as in the COCO caption evaluation, on simple tokens (formats 9.10)."""
+    assert len(hyps) == len(refs) > 0, f"{len(hyps)} captions for {len(refs)} lists of references"
+    match, made, c, r = [0] * 4, [0] * 4, 0, 0
+    for hyp, ref in zip(hyps, refs):
+        length, lengths = len(words(hyp)), [len(words(t)) for t in ref]
+        c, r = c + length, r + min(lengths, key=lambda n: (abs(n - length), n))                  # the closest; of equal ones the shorter
+        best, grams = [functools.reduce(operator.or_, column) for column in zip(*map(ngrams, ref))], ngrams(hyp)    # | is the larger count
+        for n in range(4):
+            match[n] += sum((grams[n] & best[n]).values())
+            made[n] += sum(grams[n].values())
+    precision = [math.log((m + 1e-15) / (t + 1e-9)) for m, t in zip(match, made)]
+    brevity = min(0.0, 1 - r / c) if c else -math.inf
+    return [math.exp(sum(precision[:n]) / n + brevity) for n in range(1, 5)]
+
+
+def cider(hyps, refs):                                       # hyps [str], refs [[str, ...]] -> float, 0 .. 10
+    """CIDEr-D over a split, on simple tokens (formats 9.10). Depends on the split through its document frequencies; one image gives 0."""
+    assert len(hyps) == len(refs) > 0, f"{len(hyps)} captions for {len(refs)} lists of references"
+    counts = [[ngrams(t) for t in ref] for ref in refs]
+    frequency = collections.Counter(g for ref in counts for g in {g for grams in ref for c in grams for g in c})
+
+    def vector(grams):
+        weights = [{g: k * math.log(len(refs) / max(1, frequency[g])) for g, k in c.items()} for c in grams]
+        return weights, [math.sqrt(sum(w * w for w in v.values())) for v in weights], sum(grams[1].values())
+    scores = []
+    for hyp, ref in zip(hyps, counts):
+        h, h_norm, h_length = vector(ngrams(hyp))
+        found = []
+        for r, r_norm, r_length in map(vector, ref):
+            cosine = [sum(min(w, v[g]) * v[g] for g, w in u.items() if g in v) / (a * b) if a and b else 0.0
+                      for u, v, a, b in zip(h, r, h_norm, r_norm)]
+            found.append(sum(cosine) / 4 * math.exp(-(h_length - r_length) ** 2 / 72))
+        scores.append(10 * sum(found) / len(found))
+    return sum(scores) / len(scores)
 
 
 # ---- pictures: PIL only, sizes in pixels ----
@@ -349,10 +434,16 @@ def in_batches(fn, cfg, device, *rows, size=256):
     return torch.cat(parts)
 
 
+def tokenize(tokenizer, texts, cfg):
+    """Captions -> tokens and valid (T, L), L as the longest of all ranks needs it."""
+    rows = torch.from_numpy(np.array([np.stack(tokenizer.pad(t, cfg.context)) for t in texts], np.int64).reshape(-1, 2, cfg.context))
+    longest = int(collect(rows[:, 1].sum(1).max()[None] if len(rows) else rows.new_zeros(1)).max())
+    return rows[:, 0, :longest], rows[:, 1, :longest] > 0
+
+
 def encode_texts(model, tokenizer, texts, cfg, device):
     """Captions -> (T, E) unit."""
-    rows = np.array([np.stack(tokenizer.pad(t, cfg.context)) for t in texts], np.int64).reshape(-1, 2, cfg.context)
-    return in_batches(model.encode_text, cfg, device, torch.from_numpy(rows[:, 0]), torch.from_numpy(rows[:, 1]) > 0)
+    return in_batches(model.encode_text, cfg, device, *tokenize(tokenizer, texts, cfg))
 
 
 def embed_pairs(model, tokenizer, index, cfg, device):
@@ -374,23 +465,33 @@ def pooled(model, index, cfg, device):
 
 # ---- protocols: each returns [(metric, value, n)] ----
 
+def class_names(paths):
+    names = data.beside(paths, "classes.txt", "classnames.txt")
+    if names is None:
+        raise UserError(f"no classes.txt or classnames.txt beside {paths[0]} or one folder up: each class needs a name")
+    return names
+
+
+def fitting(labels, names, paths):
+    """Labels of all ranks (I,); UserError where one has no name."""
+    labels = collect(torch.tensor(labels, dtype=torch.long))
+    if int(labels.max()) >= len(names):
+        raise UserError(f"label {int(labels.max())} in {paths[0]}, but only {len(names)} class names beside it")
+    return labels
+
+
 def zeroshot(model, tokenizer, paths, cfg, device):
     """Prompt ensembling (formats of CLIP_benchmark): templates x class names beside the shards. With unseen.txt there, classes that never
     occurred in training are scored apart; every image competes among all classes."""
-    names = data.beside(paths, "classes.txt", "classnames.txt")
-    if names is None:
-        raise UserError(f"no classes.txt or classnames.txt beside {paths[0]} or one folder up: zero-shot needs a name for each class")
+    names = class_names(paths)
     templates = data.beside(paths, "zeroshot_classification_templates.txt") or ["a photo of a {c}."]
     index = rank0_first(lambda: data.Index(paths))
     images, labels, _ = read(index, lambda s: s.label(), model)
-    image, labels = collect(in_batches(model.encode_image, cfg, device, images)), collect(torch.tensor(labels, dtype=torch.long))
-    if int(labels.max()) >= len(names):
-        raise UserError(f"label {int(labels.max())} in {paths[0]}, but only {len(names)} class names beside it")
+    image, labels = collect(in_batches(model.encode_image, cfg, device, images)), fitting(labels, names, paths)
     prompts = [t.replace("{c}", n).replace("{}", n) for n in names for t in templates]
     classes = prompt_ensemble(encode_texts(model, tokenizer, prompts, cfg, device).view(len(names), len(templates), -1))
     scores = image @ classes.T
-    unseen = torch.tensor([n in (data.beside(paths, "unseen.txt") or ()) for n in names])[labels]
-    groups = {"_seen": ~unseen, "_unseen": unseen} if unseen.any() else {"": ~unseen}
+    groups = seen_and_unseen(paths, names, labels)
     found = [(f"zeroshot{suffix}", accuracy(scores[rows], labels[rows]), int(rows.sum())) for suffix, rows in groups.items()]
     return found + [(f"zeroshot{suffix}_top5", accuracy(scores[rows], labels[rows], 5), int(rows.sum()))
                     for suffix, rows in groups.items() if len(names) > 5]
@@ -403,14 +504,55 @@ def retrieval(model, tokenizer, paths, cfg, device):
     return [(f"{way}_r{k}", v, len(image) if way == "i2t" else len(text)) for way, at in recall.items() for k, v in at.items()]
 
 
-def nearest(model, tokenizer, paths, cfg, device):
-    """Weighted k-nearest-neighbour accuracy (DINO, k = 20) of pooled encoder tokens; the bank is the train part beside the held-out one."""
+def frozen(paths, model, cfg, device):
+    """Pooled encoder tokens and labels of the training shards beside the held-out ones, and of these."""
     bank = bank_of(paths)
     if not bank:
-        raise UserError(f"kNN needs labelled training shards: none in the folder of {paths[0]}")
-    (train, train_labels), (test, labels) = (pooled(model, rank0_first(lambda p=p: data.Index(p)), cfg, device) for p in (bank, paths))
+        raise UserError(f"kNN and a linear probe need labelled training shards: none in the folder of {paths[0]}")
+    return [pooled(model, rank0_first(lambda p=p: data.Index(p)), cfg, device) for p in (bank, paths)]
+
+
+def nearest(model, tokenizer, paths, cfg, device):
+    """Weighted k-nearest-neighbour accuracy (DINO, k = 20) of pooled encoder tokens; the bank is the train part beside the held-out one."""
+    (train, train_labels), (test, labels) = frozen(paths, model, cfg, device)
     known = torch.isin(labels, train_labels)                 # an image whose class is not in the bank has no right neighbour
     return [("knn", float((knn(train, train_labels, test[known], min(20, len(train))) == labels[known]).double().mean()), int(known.sum()))]
+
+
+def linear(model, tokenizer, paths, cfg, device):
+    """Accuracy of CLIP's linear probe on pooled encoder tokens, trained on the train part beside the held-out one."""
+    (train, train_labels), (test, labels) = frozen(paths, model, cfg, device)
+    known = torch.isin(labels, train_labels)
+    return [("linear", float((linear_probe(train, train_labels, test[known]) == labels[known]).double().mean()), int(known.sum()))]
+
+
+def caption(model, tokenizer, paths, cfg, device):
+    """Greedy captions. Captioned shards: BLEU-4 and CIDEr (simple tokens) against all references, and the mean cost of a reference's token given
+    its own and given another image. Labelled shards with class names: share of captions in which the name of the class stands."""
+    index = rank0_first(lambda: data.Index(paths))
+    labelled = has_classes(index)
+    names = class_names(paths) if labelled else ()
+    images, labels, numbers = read(index, lambda s: s.label() if labelled else s.captions(lines=True) and 0, model)
+    texts = [tokenizer.decode(ids) for ids in collect(in_batches(model.generate, cfg, device, images).long()).tolist()]
+    if labelled:
+        labels, plain = fitting(labels, names, paths), [f" {' '.join(words(n))} " for n in names]
+        named = torch.tensor([plain[c] in f" {' '.join(words(t))} " for t, c in zip(texts, labels)])
+        groups = seen_and_unseen(paths, names, labels)
+        return [(f"named{suffix}", named[rows].double().mean().item(), int(rows.sum())) for suffix, rows in groups.items()]
+    refs = [index[i].captions(lines=True) for i in collect(numbers).tolist()]
+    counts = common.all_gather(torch.tensor([len(images)])).tolist()[:rank()]                     # of the ranks before this one
+    tokens, valid = tokenize(tokenizer, [r[0] for r in refs[sum(counts):][:len(images)]], cfg)
+    edge = collect(images[-1:])[sum(n > 0 for n in counts) - 1:][:len(images)][:1]
+    others = torch.cat([edge, images[:-1]])                  # each caption with the image before its own, on any number of ranks
+    own, other = (-collect(in_batches(model.score, cfg, device, x, tokens, valid)).double().mean().item() for x in (images, others))
+    return [("bleu4", bleu(texts, refs)[3], len(texts)), ("cider", cider(texts, refs), len(texts)), ("nats_per_token", own, len(texts)),
+            ("nats_per_token_other_image", other, len(texts))]
+
+
+def seen_and_unseen(paths, names, labels):
+    """{metric suffix: rows}: classes listed in unseen.txt beside the shards never occurred in training and are scored apart."""
+    unseen = torch.tensor([n in (data.beside(paths, "unseen.txt") or ()) for n in names])[labels]
+    return {"_seen": ~unseen, "_unseen": unseen} if unseen.any() else {"": ~unseen}
 
 
 def bank_of(paths):
@@ -424,20 +566,42 @@ def bank_of(paths):
     return []
 
 
-TASKS = {"zeroshot": zeroshot, "retrieval": retrieval, "knn": nearest}
+# The protocols, and the method of a model that one needs beyond its .vision.
+TASKS = {"zeroshot": zeroshot, "retrieval": retrieval, "knn": nearest, "linear": linear, "caption": caption}
+NEEDS = {"zeroshot": "encode_text", "retrieval": "encode_text", "caption": "generate"}
+
+
+def able(model, task):
+    return task not in NEEDS or getattr(model, NEEDS[task], None) is not None
+
+
+def has_classes(index):
+    """Has the first readable record a label rather than a caption?"""
+    for i in range(len(index)):
+        with contextlib.suppress(data.Skip):
+            return "cls" in index[i].members and "txt" not in index[i].members and "caption" not in index[i].json
+    return False
 
 
 def tasks_for(paths):
-    """What the first record of these shards allows: captions -> retrieval; classes -> zero-shot, and kNN if there is a bank."""
-    sample = rank0_first(lambda: data.Index(paths))[0]
-    if "cls" not in sample.members or "txt" in sample.members or "caption" in sample.json:
-        return ["retrieval"]
-    return ["zeroshot", "knn"] if bank_of(paths) else ["zeroshot"]
+    """What the first record of these shards allows: captions -> retrieval and captioning; classes -> zero-shot and classes named in captions,
+    and if there is a bank kNN and linear probe."""
+    if not has_classes(rank0_first(lambda: data.Index(paths))):
+        return ["retrieval", "caption"]
+    return ["zeroshot", "caption"] + ["knn", "linear"] * bool(bank_of(paths))
+
+
+def held_out(cfg):
+    """Pairs to draw pictures from: the first captioned --val, else training shards -> (Index, what they are)."""
+    paths = next((p for p in (data.expand(v, "test") for v in cfg.val or ()) if "retrieval" in tasks_for(p)), None)
+    return rank0_first(lambda: data.Index(paths or data.expand(cfg.data)[:1])), f"{'held-out' if paths else 'training'} pairs"
 
 
 def table(rows):
     """[(metric, value, n)] as lines of text."""
-    return "\n".join(f"  {name:<22}{'-' if value is None else f'{100 * value:6.1f} %'}   n = {n:,}" for name, value, n in rows)
+    def shown(name, value):
+        return "-" if value is None else f"{value:8.3f}" if name.startswith(("nats", "cider")) else f"{100 * value:6.1f} %"
+    return "\n".join(f"  {name:<28}{shown(name, value)}   n = {n:,}" for name, value, n in rows)
 
 
 def evaluate(model, tokenizer, cfg, device):
@@ -449,14 +613,18 @@ def evaluate(model, tokenizer, cfg, device):
     for pattern in cfg.val:
         paths = data.expand(pattern, "test")
         for task in tasks_for(paths):
-            if hasattr(model, "encode_text") or task == "knn":
+            if able(model, task):
                 rows += TASKS[task](model, tokenizer, paths, cfg, device)
     print0(f"held out:\n{table(rows)}")
     result = {name: value for name, value, _ in rows}
+    write(result, cfg)
+    return result
+
+
+def write(result, cfg):
     if rank() == 0:
         with open(os.path.join(cfg.out, "result.json"), "w") as f:
             json.dump(result, f, indent=1)
-    return result
 
 
 # ---- command line ----
@@ -477,7 +645,7 @@ def load(path, device="cpu"):
     except (TypeError, RuntimeError) as error:
         raise UserError(f"{path} was written by another version of {METHODS[state['method']]}.py: {str(error).splitlines()[0]}") from None
     with open(path, "rb") as f:
-        digest = hashlib.file_digest(f, "sha256").hexdigest()[:12]
+        digest = hashlib.sha256(f.read()).hexdigest()[:12]
     return model.to(device).eval(), data.Tokenizer.loads(state["vocab"]), cfg, digest
 
 
@@ -492,12 +660,12 @@ def main(argv=None):
     patterns = args.data
     if not patterns:
         folder = rank0_first(data.make_world)
-        patterns = [f"{folder}/{'pairs' if args.task == 'retrieval' else 'labels'}"]
+        patterns = [f"{folder}/{'pairs' if args.task in ('retrieval', 'caption') else 'labels'}"]
     paths = data.expand(patterns, "test")
     for checkpoint in args.checkpoint:
         model, tokenizer, cfg, digest = load(checkpoint, device)
-        if args.task != "knn" and not hasattr(model, "encode_text"):
-            raise UserError(f"{checkpoint} is a {type(model).__name__}, which has no text encoder: it can do knn")
+        if not able(model, args.task):
+            raise UserError(f"{checkpoint} is a {type(model).__name__}: it can do {', '.join(t for t in TASKS if able(model, t))}")
         rows = TASKS[args.task](model, tokenizer, paths, cfg, device)
         lines = [json.dumps({"metric": m, "value": v, "n": n, "protocol": args.task, "split": " ".join(patterns), "checkpoint": digest,
                              "seed": cfg.seed}) for m, v, n in rows]

@@ -580,7 +580,7 @@ def run(batches, steps, first=0, workers=0):
 
 def joined(index, plan, steps, example=number, world=1, workers=0):
     """{name: (steps, global batch, ...)}: the ranks' rows side by side; of "skipped", their sum."""
-    ranks = [run(data.Batches(index, plan, example, rank, world), steps, workers=workers) for rank in range(world)]
+    ranks = [run(data.Batches([data.Rows(index, plan, example)], plan.batch, rank, world), steps, workers=workers) for rank in range(world)]
     return {name: torch.stack([sum(p) if name == "skipped" else torch.cat(p) for p in zip(*([b[name] for b in r] for r in ranks))]) for name in ranks[0][0]}
 
 
@@ -637,9 +637,9 @@ def test_the_tail_that_fills_no_batch_waits_for_another_epoch(numbered):
 
 def test_a_run_resumed_at_any_step_reads_what_it_would_have_read(numbered):
     plan = Plan(numbered.starts, 8, 3, 2)
-    whole = run(data.Batches(numbered, plan, number, 1, 2), 9)
+    whole = run(data.Batches([data.Rows(numbered, plan, number)], 8, 1, 2), 9)
     for first in (1, 4, 5, 8):                               # 5 steps are an epoch
-        rest = run(data.Batches(Index(numbered.paths), Plan(numbered.starts, 8, 3, 2), number, 1, 2), 9, first=first, workers=first == 4)
+        rest = run(data.Batches([data.Rows(Index(numbered.paths), Plan(numbered.starts, 8, 3, 2), number)], 8, 1, 2), 9, first=first, workers=first == 4)
         assert len(rest) == 9 - first
         for a, b in zip(whole[first:], rest):
             assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -696,7 +696,8 @@ def test_a_position_that_cannot_be_read_is_filled_by_the_next_and_nothing_shifts
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_when_no_sample_can_be_used_the_run_ends_with_one_line(numbered, workers):
-    loader = data.Loader(data.Batches(numbered, Plan(numbered.starts, 8, 3, 2), failing(range(40))), 0, SimpleNamespace(workers=workers, steps=5), CPU)
+    loader = data.Loader(data.Batches([data.Rows(numbered, Plan(numbered.starts, 8, 3, 2), failing(range(40)))], 8), 0,
+                         SimpleNamespace(workers=workers, steps=5), CPU)
     with pytest.raises(UserError, match="none of the 40 samples can be used .*'no image': 40"):
         next(loader)
     loader.close()
