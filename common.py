@@ -24,7 +24,8 @@ REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 SIZES = {"ti": (192, 12, 3), "s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "h": (1280, 32, 16), "g": (1536, 36, 24)}
 # Fields that a resumed run may change, and fields that must be at least 1.
 ELSEWHERE = "out data docs labels val workers log_every save_every eval_every compile micro grad_checkpoint fresh timeout dry_run".split()
-AT_LEAST_ONE = "batch steps resize image_size patch dim heads text_dim text_heads vocab_size save_every log_every timeout".split()
+AT_LEAST_ONE = ("batch steps resize image_size patch dim heads text_dim text_heads vocab_size save_every log_every timeout max_images block "
+                "unit").split()
 
 
 class UserError(Exception):

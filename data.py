@@ -320,7 +320,7 @@ class Sample:
 
         if self.has_document("texts", "images"):
             pairs = itertools.zip_longest(self.json["texts"], self.json["images"])
-            places = [t if isinstance(t, str) else (n,) for t, n in pairs if isinstance(t or n, str)]      # an image's name in a tuple
+            places = [t if t and isinstance(t, str) else (n,) for t, n in pairs if isinstance(t or n, str)]        # an image's name in a tuple
             for extra in [i for i, p in enumerate(places) if isinstance(p, tuple)][:most - 1:-1]:
                 del places[extra]
             segments = [picture(*p) if isinstance(p, tuple) else p for p in places]
@@ -646,13 +646,13 @@ def first_captions(index, most=100_000):
     return found
 
 
-def vocabulary(cfg, index, state):
-    """The run's tokenizer: from its checkpoint, from --vocab, or trained by rank 0 on the first captions into out/vocab.json."""
+def vocabulary(cfg, index, state, names=()):
+    """The run's tokenizer: from its checkpoint, from --vocab, or trained by rank 0 on the first captions (and class names) into out/vocab.json."""
     if state:
         return Tokenizer.loads(state["vocab"])
     path = cfg.vocab or os.path.join(cfg.out, "vocab.json")
     if not cfg.vocab and common.rank() == 0:
-        Tokenizer.train(first_captions(index), cfg.vocab_size).save(path)
+        Tokenizer.train((first_captions(index) if index else []) + list(names), cfg.vocab_size).save(path)
     tokenizer = Tokenizer.load(path)
     if tokenizer.vocab_size > cfg.vocab_size:
         raise UserError(f"--vocab {path} has {tokenizer.vocab_size} ids, more than --vocab-size {cfg.vocab_size}: "
@@ -908,7 +908,7 @@ def from_obelics(doc, files, dropped):
         return None
     images, texts, names = {}, [], []
     for text, url in itertools.zip_longest(doc["texts"], doc["images"]):
-        path = files.get(url) or files.get(os.path.basename(str(url)))
+        path = files.get(str(url)) or files.get(os.path.basename(str(url)))
         if isinstance(text, str) and text != "END_OF_DOCUMENT_TOKEN_TO_BE_REPLACED":
             texts, names = texts + [text], names + [None]
         elif isinstance(url, str) and path:
@@ -927,7 +927,8 @@ def convert(layout, sources, images, out, url_map=None, per_shard=1000):
     """Documents in .jsonl(.zip) files and a folder of images -> train-*.tar in `out`. Prints what was dropped and why."""
     if not os.path.isdir(images):
         raise UserError(f"--images {images} is no folder: it holds the documents' images")
-    files = {name: os.path.join(folder, name) for folder, _, names in os.walk(images) for name in names if name.lower().endswith(IMAGES)}
+    files = {name: os.path.join(folder, name) for folder, _, names in os.walk(images) for name in names
+             if name.lower().endswith(tuple(f".{suffix}" for suffix in IMAGES))}
     if url_map:
         with open(url_map, encoding="utf-8") as f:
             files.update({url: files[os.path.basename(name)] for url, name in json.load(f).items() if os.path.basename(name) in files})

@@ -10,9 +10,9 @@ batch by the state just before it (InfoNCE): predicting its latent instead would
 
 Read Config (what the run is), sequence and pack (documents -> rows), AttentivePool and LCL (the model), contrast, then main.
 Departures: the paper's text was not available to us, the method is that of its released code. (1) ViT, blocks and initial values as everywhere
-here; (2) every sequence starts with the begin token and ends with the end token, the code leaves out one of them in pairs; (3) an image with
-nothing before it is not contrasted, in documents the code does (--contrast-empty-context); (4) means over ranks are exact; (5) documents are
-packed into rows; (6) byte-level BPE.
+here; (2) every sequence starts with the begin token and ends with the end token, the code leaves out one of them in pairs (so here an image
+behind its caption also helps to predict the end); (3) an image with nothing before it is not contrasted, in documents the code does
+(--contrast-empty-context); (4) means over ranks are exact; (5) documents are packed into rows; (6) byte-level BPE.
 
 Dimension key: B documents of this rank, R rows of L tokens they are packed into, K images, N patches of each, D width, M labels, V vocabulary.
 """
@@ -210,8 +210,8 @@ class LCL(nn.Module):
         self.vision = ViT(cfg.image_size, cfg.patch, cfg.dim, cfg.depth, cfg.heads, cls=cfg.cls, mean=(0.48145466, 0.4578275, 0.40821073),
                           std=(0.26862954, 0.26130258, 0.27577711))                              # CLIP's, as LCL's code
         if self.vision.grid ** 2 + 4 > cfg.context:
-            raise UserError(f"--context {cfg.context} has no room for an image of {self.vision.grid ** 2} patches and a word: try "
-                            f"--context {2 * self.vision.grid ** 2}")
+            raise UserError(f"--context {cfg.context} has no room for an image of {self.vision.grid ** 2} patches and the tokens around it: "
+                            f"{self.vision.grid ** 2 + 4} is the least")
         self.vision.recompute = cfg.grad_checkpoint
         self.pool = AttentivePool(cfg.dim, D, cfg.text_heads)
         self.token_embed = nn.Embedding(cfg.vocab_size, D)
@@ -244,8 +244,12 @@ class LCL(nn.Module):
     def logits(self, x):
         return self.head(self.norm_head(x))
 
+    @torch.no_grad()
+    def clamp(self):                                         # at the top of a step: beyond the bounds there would be no gradient back
+        self.log_scale.clamp_(0, math.log(100))              # LCL code
+
     def scale(self):
-        return self.log_scale.clamp(0, math.log(100)).exp()  # the clamp also for a checkpoint written right after a step
+        return self.log_scale.clamp(0, math.log(100)).exp()  # clamped for readers of a checkpoint, which is written after a step
 
     def encode_image(self, images):                          # (B, 3, S, S) -> (B, D) unit
         return unit(self.encode(images)[1])
@@ -396,6 +400,7 @@ def main(cfg):
     log = common.Log(cfg, device, first, data.REASONS)
 
     for step in range(first, cfg.steps):
+        model.clamp()
         batch = log.next(batches)
         with common.autocast(cfg, device):
             tokens, latent = common.in_chunks(encode, cfg.micro, batch["images"])

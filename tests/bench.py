@@ -1,0 +1,116 @@
+"""Speed as ratios, each measured in one run: medians of interleaved repeats.
+
+    python tests/bench.py                # all subjects that run here
+    python tests/bench.py mug lcl m3i    # some of them
+"""
+import argparse, os, statistics, sys, time
+from types import SimpleNamespace
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import common
+import torch
+
+import data
+import lcl
+from common import ViT
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DOCS = os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))), "shared", "data", "docs", "train-*.tar")
+
+
+def seconds(routes, repeats=3):
+    """{name: median seconds}, the routes taken in turn, after one round that does not count."""
+    taken = {name: [] for name in routes}
+    for turn in range(repeats + 1):
+        for name, route in routes.items():
+            began = time.perf_counter()
+            route()
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
+            taken[name] += [time.perf_counter() - began] * (turn > 0)
+    return {name: statistics.median(t) for name, t in taken.items()}
+
+
+def forward_and_backward(module, *args):
+    def route():
+        module.zero_grad(set_to_none=True)
+        with common.autocast(SimpleNamespace(precision="auto"), DEVICE):
+            out = module(*args)
+        out.float().square().mean().backward()
+    return route
+
+
+def mug_encoder():
+    """Encoder of the visible quarter beside the whole, ViT-B/16 at 224."""
+    model, images = ViT(224, 16, 768, 12, 12, fixed=True).to(DEVICE), torch.randn(4, 3, 224, 224, device=DEVICE)
+    keep = torch.rand(4, 196, device=DEVICE).argsort(1)[:, :49]
+    t = seconds({"quarter": forward_and_backward(model, images, keep), "whole": forward_and_backward(model, images)})
+    yield "MUG encoder, ratio 0.75 / ratio 0", t["quarter"] / t["whole"], "<= 0.35"
+
+
+def lcl_packing():
+    """Rows of 2,048 tokens, images of 49: how full they are, and useful tokens a second through the language model."""
+    index = data.Index(data.expand(DOCS))
+    cfg = lcl.Config(image_size=112, context=2048, text_dim=128, text_depth=2, text_heads=2, vocab_size=8192)
+    tokenizer, documents = data.Tokenizer.train(data.first_captions(index), cfg.vocab_size), []
+    for i in range(len(index)):
+        try:
+            documents.append(lcl.example(index[i], data.rng_for(0, i), cfg, tokenizer))
+        except data.Skip:
+            pass
+    fill = {}
+    for pack in (True, False):
+        cfg.pack, full = pack, []
+        for start in range(0, len(documents) - 63, 64):
+            full.append((lcl.pack(documents[start:start + 64], cfg)["doc"] >= 0).float().mean().item())
+        fill[pack] = statistics.mean(full)
+    yield "LCL fill of packed rows, real documents, 64 at a time", fill[True], ">= 0.85"
+    yield "LCL fill of padded rows", fill[False], "-"
+    blocks = torch.nn.ModuleList(common.Block(cfg.text_dim, cfg.text_heads) for _ in range(2)).to(DEVICE)
+    routes, useful = {}, {}
+    for pack in (True, False):
+        cfg.pack = pack
+        batch = lcl.pack(documents[:8], cfg)
+        x, useful[pack] = torch.randn(*batch["ids"].shape, cfg.text_dim, device=DEVICE), (batch["doc"] >= 0).sum().item()
+        mask = lcl.same_document(batch["doc"].to(DEVICE))
+        routes[pack] = forward_and_backward(_Trunk(blocks), x, mask)
+        fill[pack] = (batch["doc"] >= 0).float().mean().item()
+    t = seconds(routes)
+    gain = (useful[True] / t[True]) / (useful[False] / t[False])
+    yield "LCL useful tokens a second, packed / padded, over the ratio of their fill", gain / (fill[True] / fill[False]), ">= 0.85"
+
+
+class _Trunk(torch.nn.Module):
+    def __init__(self, blocks):
+        super().__init__()
+        self.blocks = blocks
+
+    def forward(self, x, mask):
+        return common.run_blocks(self.blocks, x, mask)
+
+
+def m3i_mixture():
+    """One pass over a mixture of two images beside a masked pass for each, masked patches replaced (as a CNN must) or left out (as a ViT can)."""
+    model, images = ViT(224, 16, 768, 12, 12).to(DEVICE), torch.randn(4, 3, 224, 224, device=DEVICE)
+    keep = torch.rand(8, 196, device=DEVICE).argsort(1)[:, :98]
+    t = seconds({"mixture": forward_and_backward(model, images), "replaced": forward_and_backward(model, images.repeat(2, 1, 1, 1)),
+                 "left out": forward_and_backward(model, images.repeat(2, 1, 1, 1), keep)})
+    yield "M3I encoder, one mixture / two masked passes, masked patches replaced", t["mixture"] / t["replaced"], "<= 0.6"
+    yield "M3I encoder, one mixture / two masked passes, masked patches left out", t["mixture"] / t["left out"], "-"
+
+
+SUBJECTS = {"mug": mug_encoder, "lcl": lcl_packing, "m3i": m3i_mixture}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("subjects", nargs="*", metavar="SUBJECT", help=", ".join(SUBJECTS))
+    subjects = parser.parse_args().subjects or list(SUBJECTS)
+    if unknown := set(subjects) - SUBJECTS.keys():
+        parser.error(f"{', '.join(unknown)}: choose of {', '.join(SUBJECTS)}")
+    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    print(f"{name}, torch {torch.__version__}\n\n| subject | measured | goal |\n|---|---|---|")
+    for subject in subjects:
+        for row in SUBJECTS[subject]():
+            print(f"| {row[0]} | {row[1]:.3f} | {row[2]} |", flush=True)
