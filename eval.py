@@ -594,7 +594,7 @@ def tasks_for(paths):
 def held_out(cfg):
     """Pairs to draw pictures from: the first captioned --val, else training shards -> (Index, what they are)."""
     paths = next((p for p in (data.expand(v, "test") for v in cfg.val or ()) if "retrieval" in tasks_for(p)), None)
-    return rank0_first(lambda: data.Index(paths or data.expand(cfg.data)[:1])), f"{'held-out' if paths else 'training'} pairs"
+    return rank0_first(lambda: data.Index(paths or data.expand(cfg.data or cfg.labels)[:1])), f"{'held-out pairs' if paths else 'training images'}"
 
 
 def table(rows):

@@ -110,7 +110,7 @@ class Config:
 
 # The built-in world on two CPU cores. Colours are what its captions name, so they stay; no flips, as captions say left and right.
 DEMO = dict(image_size=48, patch=8, dim=128, depth=3, heads=4, scale=0.6, color=0.0, flip=False, unit=1, block=8, moment=0.12, projector_depth=1,
-            decoder_depth=1, text_dim=64, text_depth=2, text_heads=2, context=24, vocab_size=512, momentum=0.99, batch=128, steps=500, lr=3e-3,
+            decoder_depth=1, text_dim=64, text_depth=2, text_heads=2, context=24, vocab_size=512, momentum=0.99, batch=128, steps=450, lr=3e-3,
             warmup=50, save_every=200)
 
 
@@ -163,8 +163,8 @@ def relative_position(source, target, grid, dim):
     col = torch.where(f1 == f2, grid * (j2 - j1) / w1 + w2 / w1 * k, grid * (W - j1 - j2) / w1 - w2 / w1 * k) - 0.5
     row, col = row.repeat_interleave(grid, 1), col.repeat(1, grid)                               # (B, L)
     parts = [row, col, (10 * (h2 / h1).log()).expand_as(row), (10 * (w2 / w1).log()).expand_as(col)]
-    omega = 10000.0 ** -(torch.arange(dim // 4, device=source.device) / (dim / 4))
-    return torch.cat([wave for part in parts for wave in ((part[..., None] * omega).sin(), (part[..., None] * omega).cos())], 2).float()
+    omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64, device=source.device) / (dim / 4))
+    return torch.cat([wave for part in parts for wave in ((part[..., None] * omega).sin(), (part[..., None] * omega).cos())], 2)
 
 
 def partner(x, block):
@@ -233,9 +233,9 @@ class Decoder(nn.Module):
     def forward(self, tokens, own, k, source, target, grid):     # (B, L, D), (B, L) bool with k in each row, (B, 6), (B, 6) -> (B, L, out)
         dim = tokens.shape[2]
         ids = own.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :k, None].expand(-1, -1, dim)
-        here = relative_position(source, source, grid, dim)[..., :dim]
-        asked = self.mask_token + self.place(relative_position(source, target, grid, dim))
-        x = torch.cat([(tokens + here).gather(1, ids), asked.to(tokens.dtype)], 1)
+        here, there = (relative_position(source, view, grid, dim).to(self.mask_token.dtype) for view in (source, target))
+        asked = self.mask_token + self.place(there)
+        x = torch.cat([(tokens + here[..., :dim]).gather(1, ids), asked.to(here.dtype)], 1)
         return self.out(run_blocks(self.blocks, x)[:, -asked.shape[1]:])
 
 
@@ -258,7 +258,7 @@ class M3I(nn.Module):
         self.decoder = Decoder(cfg.dim, cfg.heads, cfg.decoder_depth, cfg.dim if self.ema else 3 * cfg.patch ** 2)
         if self.ema:
             self.average = copy.deepcopy(nn.ModuleList([self.vision, self.projector])).requires_grad_(False)
-        self.register_buffer("pull", torch.ones(len(TERMS)))     # --balance: average gradient norms, kept in the checkpoint
+        self.register_buffer("pull", torch.zeros(len(TERMS)))    # --balance: average gradient norms, kept in the checkpoint
 
     def tokens(self, images, vision=None):                   # (B, 3, S, S) -> (B, L, D)
         return (vision or self.vision)(images)[:, self.vision.cls_token is not None:]
@@ -271,7 +271,8 @@ class M3I(nn.Module):
     @torch.no_grad()
     def targets(self, images, encode, micro):                # (B, 3, S, S) -> (B, L, D), each of zero mean and unit deviation
         if not self.ema:
-            return F.layer_norm(self.vision.patches(images), [3 * self.vision.patch ** 2])
+            x = self.vision.patches(images)
+            return (x - x.mean(2, keepdim=True)) / (x.var(2, keepdim=True) + 1e-6).sqrt()       # MAE's
         z = self.average[1](common.in_chunks(lambda x: (encode(x),), micro, images)[0])
         return F.layer_norm(z.to(torch.promote_types(z.dtype, torch.float32)), [z.shape[2]])
 
@@ -325,14 +326,14 @@ def text_loss(images, texts, has_text, mine, scale, weight=None):
     return softmax_loss(logits, (rank() * len(texts) + mine).where(has_text[mine], -1), weight)
 
 
-def losses(model, batch, own, cfg, encode, slow):
+def losses(model, batch, own, k, cfg, encode, slow):
     """One pass over the mixtures: {term: this rank's share}, the encoder's output z (B, L, D), {name: gauge of the image targets}.
 
-    own (B, L): patches that show image a; all of them = a plain step, which has no image b. encode, slow: images -> tokens, of the encoder and of its
-    average.
+    own (B, L): patches that show image a, k in each row; k = L is a plain step, which has no image b. encode, slow: images -> tokens, of the encoder
+    and of its average.
     """
-    (B, L), k, device, weights = own.shape, int(own[0].sum()), batch["first"].device, term_weights(cfg)    # own is on the CPU: no wait
-    own, other, found, gauges = own.to(device), partial(partner, block=cfg.block), [], {}
+    (B, L), device, weights, found, gauges = own.shape, own.device, term_weights(cfg), [], {}
+    other = partial(partner, block=cfg.block)
     up = own.view(B, 1, model.grid, model.grid).repeat_interleave(cfg.patch, 2).repeat_interleave(cfg.patch, 3)
     rows = torch.arange(B, device=device)
     images = [(own, rows, None), (~own, other(rows), None)][:1 + (k < L)]                        # (patches, row of caption and class, weight)
@@ -351,31 +352,32 @@ def losses(model, batch, own, cfg, encode, slow):
         if weights["text"]:
             texts, = common.in_chunks(lambda t, v: (model.texts(t, v),), cfg.micro, batch["tokens"], batch["valid"])
             seen = [unit(model.text_head(x)) for x in pooled]
-        logits = [model.class_head(x) for x in pooled] if weights["class"] and model.class_head is not None else []
+        logits = [model.class_head(x) for x in pooled] if weights["class"] else []
     terms = {name: image_loss(pred, target, scored, cfg.moment) for name, pred, target, scored in found}
     if weights["text"]:
         terms["text"] = sum(text_loss(x, texts, batch["has_text"], mine, model.scale(), share) for x, (_, mine, share) in zip(seen, images))
     if logits:
-        terms["class"] = sum(softmax_loss(x.float(), batch["label"][mine], share) for x, (_, mine, share) in zip(logits, images))
+        logits = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in logits]
+        terms["class"] = sum(softmax_loss(x, batch["label"][mine], share) for x, (_, mine, share) in zip(logits, images))
     for _, _, target, _ in found[-1:]:                       # over the tokens of all ranks; each has unit deviation by itself
         gauges["target_std"] = (1 - (common.total(target.mean((0, 1))) / world()).square().mean()).clamp(min=0).sqrt()
     return terms, z, gauges
 
 
 def term_weights(cfg):
-    return {t: getattr(cfg, f"w_{t}") * (cfg.only in (None, t)) for t in TERMS}
+    """Weight of each term; 0 where --only names another, or where there are no captions or classes."""
+    there = {"text": bool(cfg.data), "class": cfg.classes > 0}
+    return {t: getattr(cfg, f"w_{t}") * (cfg.only in (None, t)) * there.get(t, True) for t in TERMS}
 
 
 def balanced(model, terms, z, step, weights):
-    """Weights times the ratio of the first term's pull on z to each term's, measured every 100 steps (ours)."""
-    if step % 100 == 0:
-        for k, name in enumerate(TERMS):
-            if name in terms:
-                grad, = torch.autograd.grad(terms[name], z, retain_graph=True)
-                pull = common.total(grad.float().square().sum()).sqrt()
-                model.pull[k].lerp_(pull, 0.5 if step else 1.0)
-    first = next(k for k, name in enumerate(TERMS) if name in terms)
-    return {name: weights[name] * model.pull[first] / model.pull[k].clamp(min=1e-12) for k, name in enumerate(TERMS) if name in terms}
+    """Weights times the ratio of the first term's pull on z to each term's (ours): measured when a term first pulls, and every 100 steps."""
+    for k, name in enumerate(TERMS):
+        if name in terms and (step % 100 == 0 or model.pull[k] == 0):
+            pull = common.total(torch.autograd.grad(terms[name], z, retain_graph=True)[0].square().sum()).sqrt()
+            model.pull[k].lerp_(pull, 0.5 if model.pull[k] > 0 else 1.0)
+    first = next((pull for pull in model.pull if pull > 0), 1)   # also on a plain step, or the scale of the loss would jump
+    return {name: weights[name] * (first / model.pull[k] if model.pull[k] > 0 else 1) for k, name in enumerate(TERMS) if name in terms}
 
 
 @torch.no_grad()
@@ -388,9 +390,8 @@ def draw(model, tokenizer, cfg, device):
     ids = evaluation.collect(ids)
     if rank():
         return
-    with open(f"{cfg.out}/log.jsonl") as f:
-        first = f.readline()
-    shown = [t for t in (*TERMS, "target_std") if f'"{t}"' in first]
+    shown = [t for t, weight in term_weights(cfg).items() if weight]
+    shown += ["target_std"] * bool({"intra", "inter"} & set(shown))
     evaluation.curves(f"{cfg.out}/log.jsonl", f"{cfg.out}/curves.png", ["loss", *shown, "grad_norm"], f"M3I, {cfg.steps} steps of {cfg.batch}")
     cells, near = [], features @ features.T
     for i in torch.linspace(0, len(ids) - 1, 8).long().tolist():
@@ -431,20 +432,19 @@ def check(cfg):
         raise UserError(f"--keep {cfg.keep} --p-plain {cfg.p_plain}: shares lie between 0 and 1, and an image keeps something")
     weights = term_weights(cfg)
     if not weights["text"] + weights["class"] + (weights["intra"] + weights["inter"]) * (cfg.keep < 1 and cfg.p_plain == 0):
-        raise UserError("nothing to learn: image terms need a mixture in every step (--keep below 1, --p-plain 0), or another term beside them")
-    if cfg.block % 2 or cfg.batch % cfg.block:
-        raise UserError(f"--block {cfg.block} must be even, so that nobody is his own partner, and divide --batch {cfg.batch}")
+        raise UserError("nothing to learn: image terms need a mixture in every step (--keep below 1, --p-plain 0) or another term beside them, text "
+                        "needs --data, class needs --labels with classes.txt")
+    if cfg.block % 2 or cfg.batch // world() % cfg.block:
+        raise UserError(f"--block {cfg.block} must be even, so that nobody is his own partner, and divide the {cfg.batch // world()} rows of a rank")
 
 
 def main(cfg):
     """Train, evaluate, draw. Returns the metrics of the last evaluation."""
-    check(cfg)
     device = common.start(cfg)
-    if cfg.batch // world() % cfg.block:
-        raise UserError(f"--block {cfg.block} does not divide the {cfg.batch // world()} rows of a rank: partners never sit on another rank")
     cfg = data.with_world(cfg, data="pairs", labels="labels")
     names = data.beside(data.expand(cfg.labels), "classes.txt", "classnames.txt") if cfg.labels else None
     cfg = replace(cfg, classes=len(names or ()))
+    check(cfg)
     state = common.resume(cfg, "M3I")
     indices = [patterns and common.rank0_first(lambda: data.Index(data.expand(patterns))) for patterns in (cfg.data, cfg.labels)]
     tokenizer = common.rank0_first(lambda: data.vocabulary(cfg, indices[0], state, names or ()))
@@ -467,7 +467,9 @@ def main(cfg):
         batch, noise = log.next(batches), common.row_noise(cfg, step, (model.grid // cfg.unit) ** 2)
         plain = torch.rand((), generator=common.generator(cfg.seed, step, 1)) < cfg.p_plain
         own = masks(noise, model.grid, cfg.unit, 1.0 if plain else cfg.keep)
-        terms, z, gauges = losses(model, batch, own, cfg, partial(model.tokens, vision=fast), partial(model.tokens, vision=average))
+        k = int(own[0].sum())                                # on the CPU: nothing waits for the device
+        encoders = (partial(model.tokens, vision=vision) for vision in (fast, average))
+        terms, z, gauges = losses(model, batch, own.to(device, non_blocking=True), k, cfg, *encoders)
         weights = balanced(model, terms, z, step, term_weights(cfg)) if cfg.balance == "grad" else term_weights(cfg)
         loss = sum(weights[name] * term for name, term in terms.items())
         terms, temperature = {**terms, **gauges}, 1 / model.scale().detach()

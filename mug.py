@@ -275,7 +275,7 @@ def draw(model, tokenizer, cfg, device):
     with common.autocast(cfg, device):
         texts = [tokenizer.decode(ids) for ids in model.generate(images).tolist()] if model.caption else [""] * 8
         shown = [(255 * x).round().byte().cpu() for x in model.reconstruct(images, noise)] if model.pixels else [images.cpu()]
-    words = [texts, ["seen by the encoder"] * 8, ["pattern predicted, mean and contrast true"] * 8]
+    words = [texts, ["seen by the encoder"] * 8, ["pattern predicted, mean true"] * 8]
     cells = [(shown[k][i], words[k][i], None) for i in range(8) for k in range(len(shown))]
     evaluation.sheet(cells, f"{cfg.out}/reconstruction.png", 2 * len(shown),
                      f"{title.capitalize()}: image with generated caption, what is seen of it, reconstruction", 128)

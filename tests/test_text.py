@@ -69,13 +69,14 @@ def test_readme_shows_a_command_and_a_table_early_and_the_ci_runs_its_tests():
 
 
 def test_readme_names_only_files_and_flags_that_exist():
-    text = read("README.md")
-    help_text = subprocess.run([sys.executable, "align.py", "-h"], cwd=ROOT, capture_output=True, text=True).stdout
+    text = read("README.md").replace("\\\n", " ")
     for name in re.findall(r"`([\w/]+\.py)`", text):
         assert os.path.exists(os.path.join(ROOT, name)), name
-    for line in re.findall(r"align\.py .*", text):
-        for flag in re.findall(r"--[a-z-]+", line):
-            assert flag in help_text, flag
+    for script in SCRIPTS:
+        help_text = subprocess.run([sys.executable, script, "-h"], cwd=ROOT, capture_output=True, text=True).stdout
+        for line in re.findall(rf"\b{script} (.*)", text):
+            for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]*", line.split(" | ")[0]):
+                assert f" {flag} " in help_text or f"{flag}\n" in help_text or f"{flag}," in help_text, (script, flag)
 
 
 def test_no_machine_path_address_or_leftover_is_committed():
