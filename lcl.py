@@ -91,7 +91,7 @@ class Config:
 
 # The built-in world on two CPU cores. At this size a weight of 0.1 is too weak for the contrast.
 DEMO = dict(image_size=48, patch=8, dim=128, depth=3, heads=4, text_dim=128, text_depth=2, text_heads=4, context=256, vocab_size=512, scale=1.0,
-            w_con=1.0, batch=64, steps=450, lr=1e-3, warmup=45, wd=0.05, save_every=200)
+            w_con=1.0, batch=64, steps=400, lr=1e-3, warmup=40, wd=0.05, save_every=200)
 
 
 # ---- documents -> rows ----

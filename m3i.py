@@ -3,6 +3,7 @@
     python m3i.py                                                # trains on the built-in world, evaluates, draws
     python m3i.py --data 'cc3m/*.tar' --labels imagenet/ --labels-share 0.5       # captioned and labelled shards in one batch
     torchrun --standalone --nproc_per_node 8 m3i.py --data 'cc3m/*.tar' --size l
+    python m3i.py --size g --patch 14 --image-size 224 --dry-run # memory of a billion parameters
 
 Patches of two images a and b make one input. From what the encoder makes of its own patches, a must predict the features of the same view
 (intra), b those of another view of itself (inter), and both their caption (text) and category (class). Image targets come from a moving
@@ -21,7 +22,7 @@ normalisation of targets, weights, temperature and schedule are ours or its sibl
 
 Dimension key: B mixtures of this rank = B images, L patches, K of them from image a, D width, T text tokens, C classes.
 """
-import copy, math
+import copy, math, weakref
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -31,10 +32,13 @@ import torch
 import torch.nn.functional as F
 from PIL import ImageEnhance, ImageFilter, ImageOps
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import data
 import eval as evaluation
-from common import Block, TextTransformer, UserError, ViT, average_gradients, lr_at, rank, run_blocks, unit, world
+from common import Block, TextTransformer, UserError, ViT, average_gradients, lr_at, print0, rank, run_blocks, unit, world
 
 TERMS = ("intra", "inter", "text", "class")
 
@@ -106,6 +110,7 @@ class Config:
     log_every: int = 10          # ours
     eval_every: int = 0          # steps between evaluations; 0 = at the end, -1 = never
     timeout: int = 600           # seconds a rank waits for the others
+    dry_run: bool = False        # print how much memory a step of a rank needs, and stop
 
 
 # The built-in world on two CPU cores. Colours are what its captions name, so they stay; no flips, as captions say left and right.
@@ -438,8 +443,49 @@ def check(cfg):
         raise UserError(f"--block {cfg.block} must be even, so that nobody is his own partner, and divide the {cfg.batch // world()} rows of a rank")
 
 
+class Peak(TorchDispatchMode):
+    """Counts the bytes of all storages that come to life inside, and the most that lived at a time."""
+    def __init__(self):
+        super().__init__()
+        self.now, self.most, self.known = 0, 0, weakref.WeakSet()
+
+    def grow(self, n):
+        self.now, self.most = self.now + n, max(self.most, self.now + n)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for storage in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)):
+            if storage not in self.known:
+                self.known.add(storage)
+                self.grow(storage.nbytes())
+                weakref.finalize(storage, self.grow, -storage.nbytes())
+        return out
+
+
+def memory(cfg, device):
+    """{what: bytes} of a step of one rank, its forward and backward pass traced on tensors without data."""
+    with torch.device("meta"):
+        model = M3I(cfg)
+    trained, rest = (sum(p.nbytes for p in model.parameters() if p.requires_grad == want) for want in (True, False))
+    B, L, S = cfg.batch // world(), model.grid ** 2, cfg.image_size
+    with FakeTensorMode(allow_non_fake_inputs=True), Peak() as peak:
+        model.to_empty(device=device)
+        batch = {"first": torch.zeros(B, 3, S, S, dtype=torch.uint8, device=device), "geometry": torch.ones(B, 2, 6, device=device),
+                 "tokens": torch.zeros(B, cfg.context, dtype=torch.long, device=device), "label": torch.zeros(B, dtype=torch.long, device=device)}
+        batch.update(second=batch["first"].clone(), valid=batch["tokens"] == 0, has_text=batch["label"] == 0)
+        own, slow = torch.ones(B, L, dtype=torch.bool, device=device), model.average[0] if model.ema else None
+        terms, _, _ = losses(model, batch, own, int(L * cfg.keep), cfg, model.tokens, partial(model.tokens, vision=slow))
+        sum(terms.values()).backward()
+    return {"parameters": trained, "moving average": rest, "gradients": trained, "optimizer": 2 * trained,
+            "activations, batch, temporaries": peak.most - 2 * trained - rest, "total": peak.most + 2 * trained}
+
+
 def main(cfg):
     """Train, evaluate, draw. Returns the metrics of the last evaluation."""
+    if cfg.dry_run:
+        for what, size in memory(replace(cfg, data=["-"], classes=cfg.classes or 1000), common.join()).items():
+            print0(f"{what:<34}{size / 2 ** 30:10.3f} GiB")
+        return {}
     device = common.start(cfg)
     cfg = data.with_world(cfg, data="pairs", labels="labels")
     names = data.beside(data.expand(cfg.labels), "classes.txt", "classnames.txt") if cfg.labels else None

@@ -173,6 +173,7 @@ class CaptionDecoder(nn.Module):
 
 
 class MUG(nn.Module):
+    """MAE's encoder and pixel decoder, and a caption decoder that reads the same tokens."""
     def __init__(self, cfg):
         super().__init__()
         self.vision = ViT(cfg.image_size, cfg.patch, cfg.dim, cfg.depth, cfg.heads, cls=cfg.cls, fixed=True,

@@ -1,5 +1,5 @@
 """M3I's geometry, mixtures, objective, moving average and training run against the oracles of its specification (O1 .. O19)."""
-import contextlib, io, json, math, os, re, signal
+import contextlib, io, json, math, os, re, signal, subprocess, sys
 from dataclasses import fields, replace
 from functools import partial
 
@@ -14,6 +14,7 @@ import common
 import data
 import m3i
 from common import UserError
+from conftest import ROOT
 from m3i import TERMS
 
 torch.set_num_threads(1)
@@ -702,3 +703,54 @@ def test_classes_alone_are_trained_evaluated_and_drawn(tmp_path):
     assert log[0]["class"] == pytest.approx(2 * math.log(64), abs=1) and "text" not in log[0] and 0 <= result["zeroshot"] <= 1
     assert len(data.Tokenizer.loads(saved["vocab"]).encode("purple star")) <= 4  # eleven letters
     assert {"curves.png", "views.png", "neighbours.png"} <= set(os.listdir(tmp_path / "run"))
+
+
+# ---- memory ----
+
+STEP = """
+import resource, torch, common, m3i
+from functools import partial
+def step(cfg, model, opt):
+    B, S, L = cfg.batch, cfg.image_size, model.grid ** 2
+    images, tokens = torch.zeros(B, 3, S, S, dtype=torch.uint8), torch.zeros(B, cfg.context, dtype=torch.long)
+    batch = dict(first=images, second=images.clone(), geometry=torch.ones(B, 2, 6), tokens=tokens, valid=tokens == 0,
+                 has_text=torch.ones(B, dtype=torch.bool), label=tokens[:, 0])
+    own = m3i.masks(torch.rand(B, L), model.grid, 1, 0.5)
+    sum(m3i.losses(model, batch, own, L // 2, cfg, model.tokens, partial(model.tokens, vision=model.average[0]))[0].values()).backward()
+    opt.step()
+    opt.zero_grad()
+def run(**changes):
+    cfg = m3i.Config(**{**dict(data=["-"], classes=10, image_size=64, patch=8, unit=1, block=8, dim=192, depth=4, heads=3, projector_depth=1,
+                               decoder_depth=1, text_dim=64, text_depth=1, text_heads=1, context=16, vocab_size=1000, batch=96), **changes})
+    model = m3i.M3I(cfg)
+    opt = common.adamw(model, cfg, (0.9, 0.95))
+    for _ in range(2):
+        step(cfg, model, opt)
+    return cfg
+run(batch=8, dim=12, depth=1)                                # code and libraries are loaded before the start is taken
+start = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+cfg = run()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - start, m3i.memory(cfg, torch.device("cpu"))["total"])
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="resident memory is read from /proc")
+def test_a_dry_run_tells_the_memory_that_a_step_takes():
+    """With small blocks given back at once: else glibc keeps up to a quarter more than lives."""
+    made = subprocess.run([sys.executable, "-c", STEP], env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": ROOT},
+                          capture_output=True, text=True)
+    measured, told = map(int, made.stdout.split())
+    assert told == pytest.approx(measured, rel=0.15)
+
+
+def test_a_billion_parameters_are_counted_without_being_made(capsys):
+    cfg = m3i.Config(image_size=224, patch=14, dim=1536, depth=36, heads=24, batch=64, dry_run=True)
+    with torch.device("meta"):
+        assert sum(p.numel() for p in m3i.M3I(cfg).vision.parameters()) == pytest.approx(1.02e9, rel=0.01)
+    assert m3i.main(cfg) == {}
+    sizes = {line[:34].strip(): float(line[34:].split()[0]) for line in capsys.readouterr().out.splitlines()}
+    assert sizes["total"] == pytest.approx(sum(v for k, v in sizes.items() if k != "total"), abs=0.01)
+    assert sizes["optimizer"] == pytest.approx(2 * sizes["gradients"], abs=0.01)
+    small = replace(cfg, data=["-"], classes=1000, dim=192, depth=12, heads=3, projector_depth=1, decoder_depth=1, batch=128)
+    sizes = [m3i.memory(c, torch.device("cpu"))["total"] for c in (small, replace(small, grad_checkpoint=True, micro=64))]
+    assert sizes[1] < 0.6 * sizes[0]
