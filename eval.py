@@ -3,6 +3,7 @@
     python eval.py retrieval runs/align/last.pt --data '../shared/data/pairs/test-*.tar'
     python eval.py zeroshot runs/align/last.pt --data ../shared/data/labels
     python eval.py knn runs/align/last.pt                      # without --data: the built-in world's held-out split
+    python eval.py search runs/align/last.pt --text 'a red circle' --image photo.jpg
 
 Read the metrics first (each says whose definition it is), then the protocols, which ask a model for encode_image, encode_text and .vision only.
 Every number is a fraction of the whole split. Several ranks share the work without padding: results do not depend on how many there are.
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
 import common
 import data
@@ -403,20 +405,34 @@ def collect(x):
     return torch.cat([part[:n] for part, n in zip(common.all_gather(padded).split(max(counts)), counts)])
 
 
-def read(index, wanted, model):
-    """This rank's share of an index -> uint8 images (n, 3, S, S), wanted(sample) of each, their sample numbers. Unusable samples are
-    left out and counted aloud."""
+def view_of(model):
+    """What a model is shown of a PIL image that it did not train on -> uint8 (3, S, S)."""
     size = model.vision.grid * model.vision.patch
-    view = (lambda image, size: data.squash(image, size, full=model.resize)) if hasattr(model, "resize") else data.centre
+    return (lambda image: data.squash(image, size, full=model.resize)) if hasattr(model, "resize") else lambda image: data.centre(image, size)
+
+
+def share_of(index):
+    return range(rank() * len(index) // world(), (rank() + 1) * len(index) // world())
+
+
+def decoded(index, numbers, wanted, model):
+    """[(uint8 image (3, S, S), wanted(sample), its number), or the reason why there is none], in order."""
+    view = view_of(model)
 
     def one(i):
         try:
             sample = index[i]
-            return view(sample.image(), size), wanted(sample), i
+            return view(sample.image()), wanted(sample), i
         except data.Skip as reason:
             return str(reason)
     with ThreadPoolExecutor(os.cpu_count()) as pool:         # Pillow lets go of the interpreter while it decodes
-        rows = list(pool.map(one, range(rank() * len(index) // world(), (rank() + 1) * len(index) // world())))
+        return list(pool.map(one, numbers))
+
+
+def read(index, wanted, model):
+    """This rank's share of an index -> uint8 images (n, 3, S, S), wanted(sample) of each, their sample numbers. Unusable samples are
+    left out and counted aloud."""
+    size, rows = model.vision.grid * model.vision.patch, decoded(index, share_of(index), wanted, model)
     lost, rows = [r for r in rows if isinstance(r, str)], [r for r in rows if not isinstance(r, str)]
     if not sum(common.all_gather(torch.tensor([len(rows)])).tolist()):
         raise UserError(f"none of the {len(index)} samples of {index.paths[0]} ... can be evaluated: {', '.join(sorted(set(lost)))}")
@@ -461,6 +477,59 @@ def pooled(model, index, cfg, device):
     images, labels, _ = read(index, lambda s: s.label(), model)
     tokens = lambda x: model.vision(x)[:, model.vision.cls_token is not None:].mean(1)
     return collect(in_batches(tokens, cfg, device, images)), collect(torch.tensor(labels, dtype=torch.long))
+
+
+# ---- search ----
+
+def embed_images(model, index, cfg, device, cache, block=2048):
+    """Shards of any size -> images (I, E) unit and their sample numbers (I,); kept in the file `cache`, which the next call reads instead."""
+    if not os.path.exists(cache):
+        size, numbers, share = model.vision.grid * model.vision.patch, [], share_of(index)
+        features = [in_batches(model.encode_image, cfg, device, torch.zeros(0, 3, size, size, dtype=torch.uint8))]       # tells the width
+        for start in tqdm(range(share.start, share.stop, block), "embedding", unit=f"{block} images", leave=False, disable=rank() > 0 or None):
+            rows = [r for r in decoded(index, range(start, min(start + block, share.stop)), lambda s: None, model) if not isinstance(r, str)]
+            if rows:
+                features.append(in_batches(model.encode_image, cfg, device, torch.from_numpy(np.stack([r[0] for r in rows]))))
+                numbers += [r[2] for r in rows]
+        found = [collect(torch.cat(features)), collect(torch.tensor(numbers, dtype=torch.long))]
+        if rank() == 0:
+            torch.save(found, cache + ".tmp")
+            os.replace(cache + ".tmp", cache)
+        return found
+    return torch.load(cache, weights_only=True)
+
+
+def compose(image=None, text=None, minus=None, weights=(1, 2)):
+    """Query (E,) of unit vectors (E,): weights[0] * image + weights[1] * (text - minus), made unit (ALIGN s7, footnote 4: 1 and 2)."""
+    parts = [w * x for w, x in ((weights[0], image), (weights[1], text), (-weights[1], minus)) if x is not None]
+    assert parts, "a query needs an image or a text"
+    return F.normalize(sum(parts), dim=0)
+
+
+def search(model, tokenizer, cfg, device, index, cache, out, text=None, image=None, minus=None, weights=(1, 2), k=20):
+    """The k images of an index nearest to a text, an image file, or both: out/search.png, and [(score, key)], best first."""
+    def words_of(query):
+        return encode_texts(model, tokenizer, [query], cfg, device)[0] if query else None
+    picture = None
+    if image:
+        try:
+            with open(image, "rb") as file:
+                picture = data.Sample(image, {"jpg": file.read()}).image()
+        except (OSError, data.Skip) as error:
+            raise UserError(f"--image {image} cannot be read ({error}): give a JPEG, PNG or WebP file") from None
+    features, numbers = embed_images(model, index, cfg, device, cache)
+    if not len(features):
+        raise UserError(f"none of the {len(index)} samples of {index.paths[0]} ... has a readable image")
+    own = picture and in_batches(model.encode_image, cfg, device, torch.from_numpy(view_of(model)(picture))[None])[0]
+    best = (features @ compose(own, words_of(text), words_of(minus), weights)).topk(min(k, len(features)))
+    found = [(score, int(numbers[i])) for score, i in zip(best.values.tolist(), best.indices.tolist())]
+    if rank() == 0:
+        os.makedirs(out, exist_ok=True)
+        query = " ".join(filter(None, [text, minus and f"minus {minus}"]))
+        cells = [(picture, query, "blue")] if picture else [(None, query, "blue")]
+        sheet(cells + [(index[i].image(), f"{score:.3f}", None) for score, i in found], f"{out}/search.png", 7,
+              f"Query (blue) and the nearest of {len(features):,} images", 112)
+    return [(score, index[i].key) for score, i in found]
 
 
 # ---- protocols: each returns [(metric, value, n)] ----
@@ -651,21 +720,37 @@ def load(path, device="cpu"):
 
 def main(argv=None):
     parser = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("task", choices=[*TASKS, "search"])
     parser.add_argument("checkpoint", nargs="+")
     parser.add_argument("--data", nargs="+", help="held-out shards; none = the built-in world's")
-    parser.add_argument("--out", help="folder: result lines are added to eval.jsonl there")
+    parser.add_argument("--out", help="folder: result lines are added to eval.jsonl there; search writes its picture there [runs/search]")
+    parser.add_argument("--text", help="search: what the images should show")
+    parser.add_argument("--image", help="search: a picture file, alone or together with --text")
+    parser.add_argument("--minus", help="search: what they should not show")
+    parser.add_argument("--weights", nargs=2, type=float, default=(1, 2), help="search: of image and text [1 2]")
+    parser.add_argument("--k", type=int, default=20, help="search: how many images [20]")
     args = parser.parse_args(argv)
+    if args.task == "search" and not (args.text or args.image):
+        raise UserError("search needs --text, --image, or both")
+    if args.task != "search" and (args.text or args.image or args.minus):
+        raise UserError(f"--text, --image and --minus belong to search, not to {args.task}")
     device = common.join()
     patterns = args.data
     if not patterns:
         folder = rank0_first(data.make_world)
-        patterns = [f"{folder}/{'pairs' if args.task in ('retrieval', 'caption') else 'labels'}"]
+        patterns = [f"{folder}/{'pairs' if args.task in ('retrieval', 'caption', 'search') else 'labels'}"]
     paths = data.expand(patterns, "test")
     for checkpoint in args.checkpoint:
         model, tokenizer, cfg, digest = load(checkpoint, device)
-        if not able(model, args.task):
+        if not able(model, args.task) or args.task == "search" and (args.text or args.minus) and not able(model, "retrieval"):
             raise UserError(f"{checkpoint} is a {type(model).__name__}: it can do {', '.join(t for t in TASKS if able(model, t))}")
+        if args.task == "search":
+            index = rank0_first(lambda: data.Index(paths))
+            cache = os.path.join(os.path.dirname(checkpoint), f"images-{digest}-{os.path.basename(index.file)[:8]}.pt")
+            query = dict(text=args.text, image=args.image, minus=args.minus, weights=args.weights, k=args.k)
+            found = search(model, tokenizer, cfg, device, index, cache, args.out or "runs/search", **query)
+            print0("\n".join(f"{score:7.3f}  {key}" for score, key in found))
+            continue
         rows = TASKS[args.task](model, tokenizer, paths, cfg, device)
         lines = [json.dumps({"metric": m, "value": v, "n": n, "protocol": args.task, "split": " ".join(patterns), "checkpoint": digest,
                              "seed": cfg.seed}) for m, v, n in rows]

@@ -84,7 +84,7 @@ class Config:
 
 # The built-in world on two CPU cores. Neither crops nor flips: the scenes vary enough by themselves, and their captions say left and right.
 DEMO = dict(image_size=48, patch=8, dim=128, depth=3, heads=4, pixel_dim=64, pixel_depth=2, pixel_heads=4, text_dim=64, text_depth=1, cross_depth=2,
-            text_heads=2, context=24, vocab_size=512, flip=False, scale=1.0, batch=256, steps=800, lr=3e-3, warmup=60, save_every=200)
+            text_heads=2, context=24, vocab_size=512, flip=False, scale=1.0, batch=256, steps=700, lr=3e-3, warmup=60, save_every=200)
 
 
 class PixelDecoder(nn.Module):

@@ -1,6 +1,5 @@
 """BLEU, CIDEr and the linear probe against independent routes; captioning with fake models whose captions are known; boxes of random crops."""
 import io, itertools, json, math, tarfile
-from dataclasses import asdict
 from types import SimpleNamespace
 
 import numpy as np
