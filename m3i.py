@@ -115,7 +115,7 @@ class Config:
 
 # The built-in world on two CPU cores. Colours are what its captions name, so they stay; no flips, as captions say left and right.
 DEMO = dict(image_size=48, patch=8, dim=128, depth=3, heads=4, scale=0.6, color=0.0, flip=False, unit=1, block=8, moment=0.12, projector_depth=1,
-            decoder_depth=1, text_dim=64, text_depth=2, text_heads=2, context=24, vocab_size=512, momentum=0.99, batch=128, steps=450, lr=3e-3,
+            decoder_depth=1, text_dim=64, text_depth=2, text_heads=2, context=24, vocab_size=512, momentum=0.99, batch=128, steps=400, lr=3e-3,
             warmup=50, save_every=200)
 
 
