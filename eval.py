@@ -92,11 +92,11 @@ def prompt_ensemble(embeds):                                 # (C, P, E): P prom
     return F.normalize(F.normalize(embeds, dim=-1).mean(1), dim=-1)
 
 
-def logistic(x, y, C, start):                                # x (N, E) float64, y (N,), start = weights (E, classes) and bias (classes,)
+def logistic(x, y, C, start, most=1000):                    # x (N, E) float64, y (N,), start = weights (E, classes) and bias (classes,)
     """Logistic regression as scikit-learn states it: |W|^2 / 2 + C * summed cross-entropy, full-batch L-BFGS, until the gradient of the mean is
-    below 1e-4 or for 1,000 iterations. -> weights, bias"""
+    below 1e-4 or for `most` iterations. -> weights, bias"""
     W, b = (p.clone().requires_grad_() for p in start)
-    opt = torch.optim.LBFGS([W, b], max_iter=1000, tolerance_grad=1e-4, line_search_fn="strong_wolfe")
+    opt = torch.optim.LBFGS([W, b], max_iter=most, tolerance_grad=1e-4, line_search_fn="strong_wolfe")
 
     def closure():
         opt.zero_grad()
@@ -109,7 +109,8 @@ def logistic(x, y, C, start):                                # x (N, E) float64,
 
 def linear_probe(train, train_labels, test):                 # train (N, E), train_labels (N,), test (M, E) -> labels (M,)
     """CLIP's probe: logistic regression on features as they are. C is searched as CLIP does (appendix A.3), coarser: the powers of a hundred from
-    1e-6 to 1e6, then steps of 10, 3.2 and 1.8 around the best, by accuracy on every fifth training row; then all rows are fitted."""
+    1e-6 to 1e6, then steps of 10, 3.2 and 1.8 around the best, by accuracy on every fifth training row after 100 iterations; then all rows
+    are fitted."""
     assert len(train) >= 5, f"{len(train)} training rows: a fifth of them is needed to choose C"
     train, test, classes = train.double(), test.double(), int(train_labels.max()) + 1
     held, scores = torch.arange(len(train), device=train.device) % 5 == 4, {}
@@ -120,7 +121,7 @@ def linear_probe(train, train_labels, test):                 # train (N, E), tra
 
     def score(power):
         if power not in scores:                              # started where the next smaller C ended: the optimum is the same, and near
-            fits[power] = logistic(train[~held], train_labels[~held], 10.0 ** power, fits[max(p for p in fits if p < power)])
+            fits[power] = logistic(train[~held], train_labels[~held], 10.0 ** power, fits[max(p for p in fits if p < power)], 100)
             scores[power] = (predict(fits[power], train[held]) == train_labels[held]).double().mean().item()
         return scores[power]
     best = max(range(-6, 7, 2), key=score)
