@@ -92,7 +92,7 @@ class ALIGN(nn.Module):
         self.vision.recompute = self.text.recompute = cfg.grad_checkpoint
 
     def encode_image(self, images):                          # (B, 3, S, S) -> (B, E) unit
-        return unit(self.vision(images)[:, self.vision.cls_token is not None:].mean(1))
+        return unit(self.vision.patch_tokens(images).mean(1))
 
     def encode_text(self, tokens, valid):                    # (B, L) -> (B, E) unit; position 0 is the [CLS]
         return unit(self.text_proj(self.text(tokens, valid)[:, 0]))

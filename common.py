@@ -47,6 +47,10 @@ def attention(q, k, v, mask=None, causal=False):
     return flex_attention(q, k, v, block_mask=mask)
 
 
+def split_heads(x, heads):                                   # (B, L, D) -> (B, H, L, D/H)
+    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention under timm's names: qkv rows are all of q, then k, then v, inside each head by head."""
     def __init__(self, dim, heads):
@@ -58,9 +62,9 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x, mask=None, causal=False, past=None):
-        """past: list that holds keys and values of all earlier tokens (empty at first) and takes in those of x, one token a call."""
+        """past: list that holds keys and values of all earlier tokens (empty at first) and takes in those of x."""
         B, L, D = x.shape
-        q, k, v = self.qkv(x).view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)   # each (B, H, L, D/H)
+        q, k, v = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, 2))            # each (B, H, L, D/H)
         if past is not None:
             past[:] = k, v = [torch.cat(pair, 2) for pair in zip(past, (k, v))] or [k, v]
         return self.proj(attention(q, k, v, mask, causal).transpose(1, 2).reshape(B, L, D))
@@ -88,6 +92,36 @@ class Block(nn.Module):
     def forward(self, x, mask=None, causal=False, past=None):    # x (B, L, D)
         x = x + self.attn(self.norm1(x), mask, causal, past)
         return x + self.mlp(self.norm2(x))
+
+
+class CrossAttention(nn.Module):
+    """Queries from one sequence, keys and values from another, whose width may differ."""
+    def __init__(self, dim, memory_dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(memory_dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def memory(self, latent):                                # (B, N, memory_dim) -> keys and values (B, H, N, D/H)
+        return [split_heads(part, self.heads) for part in self.kv(latent).chunk(2, 2)]
+
+    def forward(self, x, memory):
+        return self.proj(attention(split_heads(self.q(x), self.heads), *memory).transpose(1, 2).flatten(2))
+
+
+class CrossBlock(nn.Module):
+    """Self-attention, cross-attention to another sequence (an image's tokens), MLP; pre-norm."""
+    def __init__(self, dim, memory_dim, heads):
+        super().__init__()
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim, eps=1e-6) for _ in range(3))
+        self.attn, self.cross, self.mlp = Attention(dim, heads), CrossAttention(dim, memory_dim, heads), Mlp(dim, 4 * dim)
+
+    def forward(self, x, latent, mask=None, causal=False, memory=None, past=None):
+        """x (B, L, D), latent (B, N, memory_dim). memory: self.cross.memory(latent) made before; mask, causal, past: see Attention."""
+        x = x + self.attn(self.norm1(x), mask, causal, past)
+        x = x + self.cross(self.norm2(x), memory or self.cross.memory(latent))
+        return x + self.mlp(self.norm3(x))
 
 
 def run_blocks(blocks, x, *args, recompute=False, past=None):
@@ -167,6 +201,9 @@ class ViT(nn.Module):
         x = self.norm(run_blocks(self.blocks[k:], tapped, recompute=self.recompute))
         return x if tap is None else (x, tapped)
 
+    def patch_tokens(self, images):                          # (B, 3, S, S) -> (B, N, D), after the final norm, without the class token
+        return self(images)[:, self.cls_token is not None:]
+
 
 class TextTransformer(nn.Module):
     """Token and learned position embeddings, pre-norm blocks, final norm. causal: a token sees only itself and what came before."""
@@ -198,6 +235,13 @@ def adamw(model, cfg, betas, eps=1e-8):
 def unit(x):
     """x / |x| along the last dimension, in float32 at least."""
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+
+
+def normalised(patches):
+    """MAE's targets: each patch's values (..., P) less their mean, over their deviation (unbiased), and both. Needs float32: bfloat16 fails on flat
+    patches."""
+    mean, std = patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+    return (patches - mean) / std, mean, std
 
 
 def in_chunks(fn, micro, *rows):
@@ -511,9 +555,9 @@ def describe(cfg, device, model, sources, first, peak):
     precision = "bf16" if autocast(cfg, device)._enabled else "fp32"
     print0(f"{type(model).__name__}: {millions:.1f} M parameters, {world()} rank(s) on {name}, {precision}")
     for index, batch in ((s.index, s.plan.batch) for s in sources if s):
-        print0(f"data: {index.summary()}, first key {index.first_key}; {batch} a step, {cfg.steps * batch / len(index):.1f} epochs")
-        for path, notes in list(index.notes.items())[:5]:
-            print0(f"warning: {path}: {', '.join(f'{k} ({n})' for k, n in notes.items())}")
+        print0(f"data: {index.summary()}; {batch} a step, {cfg.steps * batch / len(index):.1f} epochs")
+        for line in index.oddities()[:5]:
+            print0(f"warning: {line}")
     print0(f"{cfg.steps:,} steps of {cfg.batch}, lr {cfg.lr:g} -> {peak:g}, to {cfg.out}" + (f"; going on from step {first}" if first else ""))
     if rank() == 0:
         with open(os.path.join(cfg.out, "config.json"), "w") as f:

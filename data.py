@@ -141,6 +141,14 @@ def scan(path):
     return [r for r in rows if r[1] < 2 ** 31], first and first.encode(errors="replace").decode(), {note: n for note, n in notes.items() if n}
 
 
+def spread(work, *columns, label, least):
+    """[work(*row)] over all cores, with a bar; in this process if there are fewer than `least` rows, as starting others takes seconds."""
+    if len(columns[0]) < least:
+        return list(map(work, *columns))
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:       # not forked: torch and gloo may have threads here
+        return list(tqdm(pool.map(work, *columns), label, len(columns[0]), unit="shard", leave=False, disable=None))
+
+
 class Index:
     """Every sample of a set of shards: a memory-mapped row (shard, offset, span) each, cached under the shards' paths, sizes and times.
 
@@ -169,11 +177,7 @@ class Index:
     def build(self, cache):
         try:
             os.makedirs(cache, exist_ok=True)
-            if len(self.paths) < 50:                         # starting processes would take longer
-                found = list(map(scan, self.paths))
-            else:                                            # not forked: this process may have threads of torch and gloo
-                with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-                    found = list(tqdm(pool.map(scan, self.paths), "indexing", len(self.paths), unit="shard", leave=False))
+            found = spread(scan, self.paths, label="indexing", least=50)
             rows = np.concatenate([np.array([(shard, *row) for row in f[0]], ROW) for shard, f in enumerate(found)])
             starts = np.cumsum([0] + [len(f[0]) for f in found]).tolist()
             notes = {p: f[2] for p, f in zip(self.paths, found) if f[2]}
@@ -189,7 +193,12 @@ class Index:
         return len(self.rows)
 
     def summary(self):
-        return f"{len(self.paths)} shards, {len(self):,} samples, {sum(map(os.path.getsize, self.paths)) / 1e9:.2f} GB"
+        size = sum(map(os.path.getsize, self.paths))
+        return f"{len(self.paths)} shards, {len(self):,} samples, {size / 1e9:.2f} GB, first key {self.first_key}"
+
+    def oddities(self):
+        """A line for each shard that has notes."""
+        return [f"{path}: {', '.join(f'{note} ({n})' for note, n in notes.items())}" for path, notes in self.notes.items()]
 
     def __reduce__(self):                                    # a worker that is not forked maps the rows anew instead of copying them
         return Index, (self.paths,)
@@ -345,6 +354,10 @@ class Sample:
     def has_document(self, *fields):
         return all(isinstance(self.json.get(f), list) for f in fields)
 
+    def is_document(self):
+        """Does this claim to be a document? (Whether it is a sound one, document() tells.)"""
+        return bool({"text_list", "texts"} & self.json.keys())
+
 
 def squash(image, size, rng=None, flip=False, full=346 / 289):
     """ALIGN's view (paper s5): both sides to full * `size`, then a crop, random with rng, central without. -> uint8 (3, size, size).
@@ -448,6 +461,19 @@ class Rows:
             except Skip as reason:
                 skipped[str(reason)] += 1
         raise UserError(f"none of the {self.plan.n} samples can be used ({dict(skipped)}): python data.py check tells more")
+
+
+def indices_of(*patterns):
+    """The Index of each set of training shards, None where there is none."""
+    return [p and common.rank0_first(lambda p=p: Index(expand(p))) for p in patterns]
+
+
+def mixture(cfg, indices, share, example):
+    """Sources of two kinds of rows for Batches, and the share of the second kind: 1 (0) where only that (the other) is given."""
+    share = share if all(indices) else float(bool(indices[1]))
+    counts = shares(cfg.batch, share)
+    return [Rows(index, Plan(index.starts, n, cfg.seed + i, cfg.window), example) if n else None
+            for i, (index, n) in enumerate(zip(indices, counts))], share
 
 
 def stack(rows):
@@ -845,12 +871,12 @@ def make_world(root="runs", scenes=20000, documents=4000, seed=0, noise=0.0, par
     folder = os.path.join(root, f"world-{hashlib.sha256(what.encode()).hexdigest()[:8]}")
     os.makedirs(folder, exist_ok=True)
     for part, (step, train, test) in [(part, sizes[part]) for part in parts if not os.path.isdir(f"{folder}/{part}")]:
-        with tempfile.TemporaryDirectory(prefix=f".{part}-{os.getpid()}-", dir=folder) as tmp, ProcessPoolExecutor(os.cpu_count()) as pool:
+        with tempfile.TemporaryDirectory(prefix=f".{part}-{os.getpid()}-", dir=folder) as tmp:
             os.mkdir(making := f"{tmp}/{part}")                        # one level down: only this user may enter tmp itself
             jobs = [(f"{making}/train-{k:05d}.tar", f"{part}/train", range(k * step, min((k + 1) * step, train)))
                     for k in range(-(-train // step))] + [(f"{making}/test-00000.tar", f"{part}/test", range(test))]
-            work = pool.map(functools.partial(write_shard, seed=seed, noise=noise, scenes=scenes), *zip(*jobs))
-            list(tqdm(work, f"making {folder}/{part}", len(jobs), unit="shard", disable=None))
+            write = functools.partial(write_shard, seed=seed, noise=noise, scenes=scenes)
+            spread(write, *zip(*jobs), label=f"making {folder}/{part}", least=4)
             texts = {"classes": map(" ".join, PAIRS), "unseen": map(" ".join, UNSEEN), "zeroshot_classification_templates": TEMPLATES}
             for name in texts if part == "labels" else ():
                 with open(f"{making}/{name}.txt", "w") as file:
@@ -980,7 +1006,7 @@ def check(paths):
     for i in tqdm(range(len(index)), "checking", unit="sample", leave=False, disable=None):
         try:
             sample = index[i]
-            if {"text_list", "texts"} & sample.json.keys():  # a document: its pictures are members 0.jpg, 1.jpg, ...
+            if sample.is_document():                         # its pictures are members 0.jpg, 1.jpg, ...
                 pictures = [Sample(sample.key, {"jpg": raw}) for suffix, raw in sample.members.items() if suffix.endswith(IMAGES)]
             else:
                 pictures = [sample]
@@ -1040,9 +1066,7 @@ def main(argv=None):
         tokenizer.save(args["out"])
         print(f"{args['out']}: {tokenizer.vocab_size} ids")
     else:
-        print(index.summary() + f", first key {index.first_key}")
-        for path, notes in index.notes.items():
-            print(f"{path}: {', '.join(f'{k} ({n})' for k, n in notes.items())}")
+        print("\n".join([index.summary(), *index.oddities()]))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from torch import nn
 
 import data
 import eval as evaluation
-from common import Block, UserError, ViT, average_gradients, lr_at, rank, run_blocks, unit, world
+from common import Block, UserError, ViT, average_gradients, lr_at, rank, run_blocks, split_heads, unit, world
 from data import Tokenizer
 
 
@@ -126,7 +126,7 @@ def example(sample, rng, cfg, tokenizer):
 
     def view(image):
         return data.crop(image, data.random_box(rng, *image.size, cfg.scale), cfg.image_size)
-    if {"text_list", "texts"} & sample.json.keys():
+    if sample.is_document():
         return sequence(tokenized(sample.document(rng, near, cfg.similarity, cfg.max_images, cfg.image_first), tokenizer, view), cfg)
     room = cfg.context - (cfg.image_size // cfg.patch) ** 2 - 4                                  # a caption never pushes its image out
     parts = [tokenizer.encode(sample.caption(rng))[:room], view(sample.image(near))]
@@ -156,7 +156,7 @@ def pack(documents, cfg):
             ids[r, at:at + n], doc[r, at:at + n], position[r, at:at + n] = d["ids"], i, np.arange(n)
             at += n
     images = np.concatenate([d["images"] for row in rows for d in row])                          # in the order of their soi in the rows
-    soi, flat, after = np.flatnonzero(ids == Tokenizer.SOI), ids.ravel(), np.append(ids.ravel()[1:], Tokenizer.PAD)
+    soi, after = np.flatnonzero(ids == Tokenizer.SOI), np.append(ids.ravel()[1:], Tokenizer.PAD)
     goes_on = (doc[:, 1:] == doc[:, :-1]) & (doc[:, 1:] >= 0)
     wanted = np.pad(goes_on, ((0, 0), (0, 1))).ravel() & ~np.isin(after, (Tokenizer.IMG, Tokenizer.EOI))
     label_at, k, m = np.flatnonzero(wanted), up(len(images), B * cfg.max_images) - len(images), up(wanted.sum(), B * L) - wanted.sum()
@@ -192,13 +192,10 @@ class AttentivePool(nn.Module):
         self.q, self.k, self.v = (nn.Linear(dim, out_dim) for _ in range(3))
         self.out = nn.Linear(out_dim, out_dim, bias=False)
 
-    def split(self, x):                                      # (K, N, D) -> (K, H, N, D/H)
-        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
-
     def forward(self, x):                                    # (K, N, width of the ViT) -> tokens (K, N, D), latent (K, D)
         value = self.v(self.norm_v(x))
         query = self.q(self.norm_q(self.query)).expand(len(x), 1, -1)
-        pooled = common.attention(*map(self.split, (query, self.k(self.norm_k(x)), value)))      # (K, H, 1, D/H)
+        pooled = common.attention(*(split_heads(part, self.heads) for part in (query, self.k(self.norm_k(x)), value)))   # (K, H, 1, D/H)
         return self.out(value), self.out(pooled.flatten(1))
 
 
@@ -227,7 +224,7 @@ class LCL(nn.Module):
         nn.init.trunc_normal_(self.pos_embed, std=0.01)      # LCL code
 
     def encode(self, images):                                # (K, 3, S, S) -> tokens (K, N, D), latent (K, D)
-        return self.pool(self.vision(images)[:, self.vision.cls_token is not None:])
+        return self.pool(self.vision.patch_tokens(images))
 
     def embed(self, ids, position, slots, tokens):
         """Embeddings of a batch's rows (R, L, D), the images' tokens in their slots, plus learned positions."""
@@ -382,12 +379,9 @@ def main(cfg):
     device = common.start(cfg)
     cfg = data.with_world(cfg, docs="docs")
     state = common.resume(cfg, "LCL")
-    indices = [patterns and common.rank0_first(lambda: data.Index(data.expand(patterns))) for patterns in (cfg.data, cfg.docs)]
+    indices = data.indices_of(cfg.data, cfg.docs)
     tokenizer = common.rank0_first(lambda: data.vocabulary(cfg, indices[1] or indices[0], state))
-    share = cfg.docs_share if all(indices) else float(bool(cfg.docs))
-    make = partial(example, cfg=cfg, tokenizer=tokenizer)
-    rows = [data.Rows(index, data.Plan(index.starts, n, cfg.seed + i, cfg.window), make) if n else None
-            for i, (index, n) in enumerate(zip(indices, data.shares(cfg.batch, share)))]
+    rows, share = data.mixture(cfg, indices, cfg.docs_share, partial(example, cfg=cfg, tokenizer=tokenizer))
     model = LCL(cfg).to(device)
     opt = common.adamw(model, cfg, betas=(0.9, 0.98), eps=1e-6)                                  # LCL code
     first, peak = common.restore(state, model, opt), cfg.lr

@@ -101,7 +101,7 @@ class Config:
     seed: int = 0                # ours
     # machine
     micro: int = 0               # rows of a rank that the encoders take at a time, recomputed in backward; 0 = all
-    grad_checkpoint: bool = False  # recompute every block in backward
+    grad_checkpoint: bool = False  # recompute every block of the encoders in backward; the others' batch norms may run only once
     precision: str = "auto"      # bf16 where the device computes in it, else fp32
     compile: bool = None         # none = on for CUDA, off for CPU
     workers: int = None          # loader processes of a rank; none = its cores less one
@@ -182,6 +182,11 @@ def masks(noise, grid, size, keep):
     side = grid // size
     chosen = noise.argsort(1).argsort(1) < int(side ** 2 * keep)
     return chosen.view(-1, side, side).repeat_interleave(size, 1).repeat_interleave(size, 2).flatten(1)
+
+
+def pixels(own, patch):                                      # (B, L) by patch -> (B, 1, S, S) by pixel
+    side = math.isqrt(own.shape[1])
+    return own.view(-1, 1, side, side).repeat_interleave(patch, 2).repeat_interleave(patch, 3)
 
 
 # ---- model ----
@@ -265,8 +270,9 @@ class M3I(nn.Module):
             self.average = copy.deepcopy(nn.ModuleList([self.vision, self.projector])).requires_grad_(False)
         self.register_buffer("pull", torch.zeros(len(TERMS)))    # --balance: average gradient norms, kept in the checkpoint
 
-    def tokens(self, images, vision=None):                   # (B, 3, S, S) -> (B, L, D)
-        return (vision or self.vision)(images)[:, self.vision.cls_token is not None:]
+    def encoders(self):
+        """Images (B, 3, S, S) -> tokens (B, L, D), online and, where the targets need it, averaged."""
+        return [vision.patch_tokens for vision in (self.vision, *([self.average[0]] if self.ema else []))]
 
     @torch.no_grad()
     def follow(self, momentum):
@@ -276,17 +282,13 @@ class M3I(nn.Module):
     @torch.no_grad()
     def targets(self, images, encode, micro):                # (B, 3, S, S) -> (B, L, D), each of zero mean and unit deviation
         if not self.ema:
-            x = self.vision.patches(images)
-            return (x - x.mean(2, keepdim=True)) / (x.var(2, keepdim=True) + 1e-6).sqrt()       # MAE's
+            return common.normalised(self.vision.patches(images))[0]
         z = self.average[1](common.in_chunks(lambda x: (encode(x),), micro, images)[0])
         return F.layer_norm(z.to(torch.promote_types(z.dtype, torch.float32)), [z.shape[2]])
 
     def mean(self, x, own):                                  # (B, L, D), (B, L) bool -> (B, D): mean of those tokens, in float32 at least
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         return (x * own[..., None]).sum(1) / own.sum(1, keepdim=True)
-
-    def texts(self, tokens, valid):                          # (B, T) -> (B, E) unit
-        return unit(self.mean(self.text(tokens, valid), valid))
 
     @torch.no_grad()
     def clamp(self):                                         # at the top of a step: beyond the bound there would be no gradient back
@@ -296,10 +298,10 @@ class M3I(nn.Module):
         return self.log_scale.clamp(max=math.log(100)).exp()     # clamped for readers of a checkpoint, which is written after a step
 
     def encode_image(self, images):                          # (B, 3, S, S) -> (B, E) unit
-        return unit(self.text_head(self.tokens(images).mean(1)))
+        return unit(self.text_head(self.vision.patch_tokens(images).mean(1)))
 
     def encode_text(self, tokens, valid):                    # (B, T) -> (B, E) unit
-        return self.texts(tokens, valid)
+        return unit(self.mean(self.text(tokens, valid), valid))
 
 
 Model = M3I
@@ -331,21 +333,19 @@ def text_loss(images, texts, has_text, mine, scale, weight=None):
     return softmax_loss(logits, (rank() * len(texts) + mine).where(has_text[mine], -1), weight)
 
 
-def losses(model, batch, own, k, cfg, encode, slow):
+def losses(model, batch, own, k, cfg, encode, slow=None):
     """One pass over the mixtures: {term: this rank's share}, the encoder's output z (B, L, D), {name: gauge of the image targets}.
 
-    own (B, L): patches that show image a, k in each row; k = L is a plain step, which has no image b. encode, slow: images -> tokens, of the encoder
-    and of its average.
+    own (B, L): patches that show image a, k in each row; k = L is a plain step, which has no image b. encode, slow: model.encoders(), maybe compiled.
     """
     (B, L), device, weights, found, gauges = own.shape, own.device, term_weights(cfg), [], {}
     other = partial(partner, block=cfg.block)
-    up = own.view(B, 1, model.grid, model.grid).repeat_interleave(cfg.patch, 2).repeat_interleave(cfg.patch, 3)
     rows = torch.arange(B, device=device)
     images = [(own, rows, None), (~own, other(rows), None)][:1 + (k < L)]                        # (patches, row of caption and class, weight)
     if cfg.pool == "all":                                    # as CutMix: one description for both images, each with its share of patches
         images = [(torch.ones_like(own), mine, shown.float().mean(1)) for shown, mine, _ in images]
     with common.autocast(cfg, device):
-        z, = common.in_chunks(lambda x: (encode(x),), cfg.micro, torch.where(up, batch["first"], other(batch["first"])))
+        z, = common.in_chunks(lambda x: (encode(x),), cfg.micro, torch.where(pixels(own, cfg.patch), batch["first"], other(batch["first"])))
         if k < L and weights["intra"] + weights["inter"]:
             projected, (g1, g2) = model.projector(z), batch["geometry"].unbind(1)
             if weights["intra"]:                             # hidden patches only: the visible ones need no prediction
@@ -355,7 +355,7 @@ def losses(model, batch, own, k, cfg, encode, slow):
                               other(model.targets(batch["second"], slow, cfg.micro)), torch.ones_like(own)))
         pooled = [model.mean(z, shown) for shown, _, _ in images]
         if weights["text"]:
-            texts, = common.in_chunks(lambda t, v: (model.texts(t, v),), cfg.micro, batch["tokens"], batch["valid"])
+            texts, = common.in_chunks(lambda t, v: (model.encode_text(t, v),), cfg.micro, batch["tokens"], batch["valid"])
             seen = [unit(model.text_head(x)) for x in pooled]
         logits = [model.class_head(x) for x in pooled] if weights["class"] else []
     terms = {name: image_loss(pred, target, scored, cfg.moment) for name, pred, target, scored in found}
@@ -391,7 +391,7 @@ def draw(model, tokenizer, cfg, device):
     held-out images and those nearest to them by pooled tokens."""
     index, title = evaluation.held_out(cfg)
     images, _, ids = evaluation.read(index, lambda s: None, model)
-    features = evaluation.collect(evaluation.in_batches(lambda x: unit(model.tokens(x).mean(1)), cfg, device, images))
+    features = evaluation.collect(evaluation.in_batches(lambda x: unit(model.vision.patch_tokens(x).mean(1)), cfg, device, images))
     ids = evaluation.collect(ids)
     if rank():
         return
@@ -403,12 +403,12 @@ def draw(model, tokenizer, cfg, device):
         best = [i] + [j for j in near[i].topk(6).indices.tolist() if j != i][:5]
         cells += [(index[ids[j]].image(), "" if j == i else f"{near[i, j]:.2f}", None) for j in best]
     evaluation.sheet(cells, f"{cfg.out}/neighbours.png", 6, f"{title.capitalize()}: image (left) and its five nearest", 112)
-    rng, cells, patch = data.rng_for(6, cfg.seed), [], cfg.patch
+    rng, cells = data.rng_for(6, cfg.seed), []
     for a, b in torch.linspace(0, len(ids) - 1, 8).long().view(4, 2).tolist():
         left, right = index[ids[a]].image(), index[ids[b]].image()
         (va, ga), (vb, gb), (target, gt) = view(left, rng, cfg), view(right, rng, cfg), view(right, rng, cfg, True)
         own = masks(torch.rand(1, (model.grid // cfg.unit) ** 2, generator=common.generator(cfg.seed, a)), model.grid, cfg.unit, cfg.keep)
-        up = own.view(model.grid, model.grid).repeat_interleave(patch, 0).repeat_interleave(patch, 1)
+        up = pixels(own, cfg.patch)[0, 0]
         mixture = torch.where(up, torch.from_numpy(va), torch.from_numpy(vb))
         cells += [(evaluation.overlay(left, [box(ga, "input")]), "image a", None), (evaluation.overlay(mixture, up.long()), "patches of a", None),
                   (mixture, "mixture", None), (evaluation.overlay(right, [box(gb, "input"), box(gt, "target")]), "image b", None),
@@ -467,14 +467,14 @@ def memory(cfg, device):
     with torch.device("meta"):
         model = M3I(cfg)
     trained, rest = (sum(p.nbytes for p in model.parameters() if p.requires_grad == want) for want in (True, False))
-    B, L, S = cfg.batch // world(), model.grid ** 2, cfg.image_size
+    B, L, S, units = cfg.batch // world(), model.grid ** 2, cfg.image_size, (model.grid // cfg.unit) ** 2
+    k = int(masks(torch.rand(1, units), model.grid, cfg.unit, cfg.keep).sum())
     with FakeTensorMode(allow_non_fake_inputs=True), Peak() as peak:
         model.to_empty(device=device)
         batch = {"first": torch.zeros(B, 3, S, S, dtype=torch.uint8, device=device), "geometry": torch.ones(B, 2, 6, device=device),
                  "tokens": torch.zeros(B, cfg.context, dtype=torch.long, device=device), "label": torch.zeros(B, dtype=torch.long, device=device)}
         batch.update(second=batch["first"].clone(), valid=batch["tokens"] == 0, has_text=batch["label"] == 0)
-        own, slow = torch.ones(B, L, dtype=torch.bool, device=device), model.average[0] if model.ema else None
-        terms, _, _ = losses(model, batch, own, int(L * cfg.keep), cfg, model.tokens, partial(model.tokens, vision=slow))
+        terms, _, _ = losses(model, batch, torch.ones(B, L, dtype=torch.bool, device=device), k, cfg, *model.encoders())
         sum(terms.values()).backward()
     return {"parameters": trained, "moving average": rest, "gradients": trained, "optimizer": 2 * trained,
             "activations, batch, temporaries": peak.most - 2 * trained - rest, "total": peak.most + 2 * trained}
@@ -483,7 +483,9 @@ def memory(cfg, device):
 def main(cfg):
     """Train, evaluate, draw. Returns the metrics of the last evaluation."""
     if cfg.dry_run:
-        for what, size in memory(replace(cfg, data=["-"], classes=cfg.classes or 1000), common.join()).items():
+        cfg, device = replace(cfg, data=["-"], classes=cfg.classes or 1000), common.join()
+        check(cfg)
+        for what, size in memory(cfg, device).items():
             print0(f"{what:<34}{size / 2 ** 30:10.3f} GiB")
         return {}
     device = common.start(cfg)
@@ -492,18 +494,15 @@ def main(cfg):
     cfg = replace(cfg, classes=len(names or ()))
     check(cfg)
     state = common.resume(cfg, "M3I")
-    indices = [patterns and common.rank0_first(lambda: data.Index(data.expand(patterns))) for patterns in (cfg.data, cfg.labels)]
+    indices = data.indices_of(cfg.data, cfg.labels)
     tokenizer = common.rank0_first(lambda: data.vocabulary(cfg, indices[0], state, names or ()))
-    share = cfg.labels_share if all(indices) else float(bool(cfg.labels))
-    make = partial(example, cfg=cfg, tokenizer=tokenizer)
-    rows = [data.Rows(index, data.Plan(index.starts, n, cfg.seed + i, cfg.window), make) if n else None
-            for i, (index, n) in enumerate(zip(indices, data.shares(cfg.batch, share)))]
+    rows, share = data.mixture(cfg, indices, cfg.labels_share, partial(example, cfg=cfg, tokenizer=tokenizer))
     model = M3I(cfg).to(device)
     opt = common.adamw(model, cfg, betas=(0.9, 0.95))        # SiameseIM
     first, peak = common.restore(state, model, opt), cfg.lr * cfg.batch / 256
     common.describe(cfg, device, model, rows, first, peak)
     batches = data.Loader(data.Batches(rows, cfg.batch, rank(), world(), share), first, cfg, device)
-    fast, average = common.compiled(model.vision, cfg, device), common.compiled(model.average[0], cfg, device) if model.ema else None
+    encoders = [common.compiled(f, cfg, device) for f in model.encoders()]
     log = common.Log(cfg, device, first, data.REASONS)
 
     for step in range(first, cfg.steps):
@@ -514,7 +513,6 @@ def main(cfg):
         plain = torch.rand((), generator=common.generator(cfg.seed, step, 1)) < cfg.p_plain
         own = masks(noise, model.grid, cfg.unit, 1.0 if plain else cfg.keep)
         k = int(own[0].sum())                                # on the CPU: nothing waits for the device
-        encoders = (partial(model.tokens, vision=vision) for vision in (fast, average))
         terms, z, gauges = losses(model, batch, own.to(device, non_blocking=True), k, cfg, *encoders)
         weights = balanced(model, terms, z, step, term_weights(cfg)) if cfg.balance == "grad" else term_weights(cfg)
         loss = sum(weights[name] * term for name, term in terms.items())

@@ -24,7 +24,7 @@ from torch import nn
 
 import data
 import eval as evaluation
-from common import Attention, Block, Mlp, TextTransformer, UserError, ViT, average_gradients, lr_at, rank, run_blocks, sincos, unit, world
+from common import Block, CrossBlock, TextTransformer, UserError, ViT, average_gradients, lr_at, normalised, rank, run_blocks, sincos, unit, world
 from data import Tokenizer
 
 
@@ -109,38 +109,6 @@ class PixelDecoder(nn.Module):
         return self.pred(self.norm(x[:, int(self.cls):]))
 
 
-class CrossAttention(nn.Module):
-    """Queries from one sequence, keys and values from another, whose width may differ."""
-    def __init__(self, dim, memory_dim, heads):
-        super().__init__()
-        self.heads = heads
-        self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(memory_dim, 2 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def split(self, x):                                      # (B, L, D) -> (B, H, L, D/H)
-        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
-
-    def memory(self, latent):
-        return [self.split(part) for part in self.kv(latent).chunk(2, 2)]
-
-    def forward(self, x, memory):
-        return self.proj(common.attention(self.split(self.q(x)), *memory).transpose(1, 2).flatten(2))
-
-
-class CrossBlock(nn.Module):
-    """Causal self-attention, cross-attention to the image, MLP; pre-norm."""
-    def __init__(self, dim, memory_dim, heads):
-        super().__init__()
-        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim, eps=1e-6) for _ in range(3))
-        self.attn, self.cross, self.mlp = Attention(dim, heads), CrossAttention(dim, memory_dim, heads), Mlp(dim, 4 * dim)
-
-    def forward(self, x, latent, memory=None, past=None):    # memory: self.cross.memory(latent) made before; past: see Attention
-        x = x + self.attn(self.norm1(x), causal=past is None, past=past)
-        x = x + self.cross(self.norm2(x), memory or self.cross.memory(latent))
-        return x + self.mlp(self.norm3(x))
-
-
 class CaptionDecoder(nn.Module):
     """Causal layers on the text alone, then layers that look at the encoder's tokens, in any order of these (Algorithm 1)."""
     def __init__(self, vocab, length, memory_dim, dim, depth, cross_depth, heads):
@@ -154,7 +122,7 @@ class CaptionDecoder(nn.Module):
         self.head.apply(common.init_weights)
 
     def forward(self, tokens, latent):                       # (B, L), (B, [1+]K, D) -> logits (B, L, V) of the next tokens
-        return self.head(self.norm(run_blocks(self.blocks, self.text(tokens), latent, recompute=self.recompute)))
+        return self.head(self.norm(run_blocks(self.blocks, self.text(tokens), latent, None, True, recompute=self.recompute)))
 
     @torch.no_grad()
     def generate(self, latent, length):
@@ -166,7 +134,7 @@ class CaptionDecoder(nn.Module):
         while ids.shape[1] <= length and going.any():
             x = self.text(ids[:, -1:], at=ids.shape[1] - 1, past=past_text)
             for block, memory, seen in zip(self.blocks, memories, past):
-                x = block(x, latent, memory, seen)
+                x = block(x, latent, memory=memory, past=seen)
             ids = torch.cat([ids, self.head(self.norm(x))[:, 0].argmax(1, keepdim=True).where(going, Tokenizer.PAD)], 1)
             going = going & (ids[:, -1:] != Tokenizer.EOS)   # each row ends for itself
         return F.pad(ids[:, 1:], (0, length + 1 - ids.shape[1]), value=Tokenizer.PAD)
@@ -211,7 +179,7 @@ class MUG(nn.Module):
         return pixel_loss, caption_loss
 
     def encode_image(self, images):                          # (B, 3, S, S) -> (B, D) unit
-        return unit(self.vision(images)[:, self.vision.cls_token is not None:].mean(1))
+        return unit(self.vision.patch_tokens(images).mean(1))
 
     def generate(self, images, length=None):
         """Greedy captions of whole images: ids (B, length) without the begin token, PAD after the end token."""
@@ -240,12 +208,6 @@ class MUG(nn.Module):
 
 
 Model = MUG
-
-
-def normalised(patches):
-    """Each patch's values less their mean, over their deviation (unbiased, as MAE's), and both. Needs float32: bfloat16 fails on flat patches."""
-    mean, std = patches.mean(2, keepdim=True), (patches.var(2, keepdim=True) + 1e-6).sqrt()
-    return (patches - mean) / std, mean, std
 
 
 def token_loss(logits, tokens, valid):

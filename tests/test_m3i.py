@@ -88,10 +88,9 @@ def exact():
 
 def objective(model, batch=None, own=None, encode=None, **changes):
     """-> terms, z, gauges as main gets them."""
-    slow = partial(model.tokens, vision=model.average[0]) if model.ema else None
-    own, batch = halves() if own is None else own, batch or rows()
+    own, batch, encoders = halves() if own is None else own, batch or rows(), model.encoders()
     with exact():
-        return m3i.losses(model, batch, own, int(own[0].sum()), known(**changes), encode or model.tokens, slow)
+        return m3i.losses(model, batch, own, int(own[0].sum()), known(**changes), encode or encoders[0], *encoders[1:])
 
 
 def gradients(model, loss):
@@ -245,7 +244,7 @@ def test_partners_are_each_others_and_never_oneself():
 
 def test_every_patch_of_a_mixture_is_one_of_either_image_to_the_bit():
     model, batch, own, seen = build(), rows(), halves(keep=0.3), []
-    objective(model, batch, own, encode=lambda x: (seen.append(x), model.tokens(x))[1])
+    objective(model, batch, own, encode=lambda x: (seen.append(x), model.vision.patch_tokens(x))[1])
     patches = lambda x: x.view(B, 3, GRID, 4, GRID, 4).permute(0, 2, 4, 1, 3, 5).reshape(B, L, 48)
     x, a = patches(seen[0]), patches(batch["first"])
     b = a.view(B // BLOCK, BLOCK, L, 48).flip(1).view(B, L, 48)
@@ -559,7 +558,7 @@ def test_eight_rows_are_learned_by_heart():
     opt.param_groups[0]["lr"] = opt.param_groups[1]["lr"] = 3e-3
     while not low and step < 600:
         model.follow(0.99)
-        terms, _, _ = m3i.losses(model, batch, own, int(own[0].sum()), cfg, model.tokens, partial(model.tokens, vision=model.average[0]))
+        terms, _, _ = m3i.losses(model, batch, own, int(own[0].sum()), cfg, *model.encoders())
         opt.zero_grad()
         sum(terms.values()).backward()
         opt.step()
@@ -716,7 +715,7 @@ def step(cfg, model, opt):
     batch = dict(first=images, second=images.clone(), geometry=torch.ones(B, 2, 6), tokens=tokens, valid=tokens == 0,
                  has_text=torch.ones(B, dtype=torch.bool), label=tokens[:, 0])
     own = m3i.masks(torch.rand(B, L), model.grid, 1, 0.5)
-    sum(m3i.losses(model, batch, own, L // 2, cfg, model.tokens, partial(model.tokens, vision=model.average[0]))[0].values()).backward()
+    sum(m3i.losses(model, batch, own, L // 2, cfg, *model.encoders())[0].values()).backward()
     opt.step()
     opt.zero_grad()
 def run(**changes):

@@ -126,7 +126,7 @@ def test_only_removed_patches_teach(monkeypatch):
     loss, visible = model(*batch)[0], kept(model, batch[1])
     loss.sum().backward()
     assert seen[0].grad[visible].eq(0).all() and seen[0].grad[~visible].ne(0).all()
-    plain = mug.normalised
+    plain = common.normalised
     for where, same in ((visible, True), (~visible, False)):
         monkeypatch.setattr(mug, "normalised", lambda patches: (plain(patches)[0] + where[..., None], *plain(patches)[1:]))
         assert torch.equal(model(*batch)[0], loss) == same
@@ -134,7 +134,7 @@ def test_only_removed_patches_teach(monkeypatch):
 
 def test_the_encoder_never_sees_what_was_removed(monkeypatch):
     """Neither loss depends on removed pixels but as a target, which is held still here; both depend on every visible patch."""
-    model, (images, noise, tokens, valid), plain = build(), rows(), mug.normalised
+    model, (images, noise, tokens, valid), plain = build(), rows(), common.normalised
     monkeypatch.setattr(mug, "normalised", lambda patches: [part.detach() for part in plain(patches)])
     leaf, visible = torch.randn(3, 3, 32, 32, dtype=torch.float64, requires_grad=True), kept(model, noise)
     for loss in model(leaf, noise, tokens, valid):
@@ -174,7 +174,7 @@ def test_flat_patches_are_a_target_of_zero():
 
 def test_a_perfect_prediction_pasted_back_is_the_image(monkeypatch):
     model, (images, noise, *_) = build(**PIXELS), rows()
-    monkeypatch.setattr(model.pixels, "forward", lambda latent, restore: mug.normalised(model.vision.patches(images))[0])
+    monkeypatch.setattr(model.pixels, "forward", lambda latent, restore: common.normalised(model.vision.patches(images))[0])
     whole, masked, pasted = model.reconstruct(images, noise)
     torch.testing.assert_close(whole, images / 255.0, check_dtype=False, rtol=0, atol=1e-7)
     torch.testing.assert_close(pasted, whole, rtol=1e-12, atol=1e-12)
