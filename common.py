@@ -25,7 +25,7 @@ SIZES = {"ti": (192, 12, 3), "s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 
 # Fields that a resumed run may change, and fields that must be at least 1.
 ELSEWHERE = "out data docs labels val workers log_every save_every eval_every compile micro grad_checkpoint fresh timeout dry_run".split()
 AT_LEAST_ONE = ("batch steps resize image_size patch dim heads text_dim text_heads vocab_size save_every log_every timeout max_images block "
-                "unit").split()
+                "unit entries embed").split()
 
 
 class UserError(Exception):
@@ -285,13 +285,21 @@ def join(timeout=600):
     return device
 
 
+def check_rows(cfg):
+    """Do the rows of the global batch divide into ranks, a rank's into --micro chunks and whole blocks?"""
+    if cfg.batch % world():
+        raise UserError(f"--batch {cfg.batch} is the global batch and does not divide into {world()} ranks: try {-(-cfg.batch // world()) * world()}")
+    rows = cfg.batch // world()
+    if cfg.micro and rows % cfg.micro:
+        raise UserError(f"--micro {cfg.micro} does not divide the {rows} rows of a rank")
+    if (block := getattr(cfg, "block", None)) and (block % 2 or rows % block):
+        raise UserError(f"--block {block} must be even, so that nobody is his own partner, and divide the {rows} rows of a rank")
+
+
 def start(cfg):
     """Check what concerns ranks, join them, make out/, seed. Returns the device."""
     device = join(cfg.timeout)
-    if cfg.batch % world():
-        raise UserError(f"--batch {cfg.batch} is the global batch and does not divide into {world()} ranks: try {-(-cfg.batch // world()) * world()}")
-    if cfg.micro and cfg.batch // world() % cfg.micro:
-        raise UserError(f"--micro {cfg.micro} does not divide the {cfg.batch // world()} rows of a rank")
+    check_rows(cfg)
     try:
         os.makedirs(cfg.out, exist_ok=True)
     except OSError as error:
@@ -375,6 +383,11 @@ def average_gradients(params, bucket=2 ** 24):
 def generator(*key):
     """A CPU generator for integers such as (seed, step)."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)[0] >> 1))
+
+
+def partner(x, block):
+    """(B, ...) -> the rows' partners: each block of rows in reverse. Its own inverse; nobody is paired with itself. Ranks hold whole blocks."""
+    return x.unflatten(0, (-1, block)).flip(1).flatten(0, 1)
 
 
 def row_noise(cfg, step, *shape):

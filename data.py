@@ -28,7 +28,7 @@ MAX_CAPTION = 10_000             # characters; what lies beyond cannot reach any
 # Why a sample is passed over, and whether that counts towards the tenth that stops a run: "kept" is counted but delivered.
 REASONS = {"shard gone": "hard", "cut sample": "hard", "unreadable json": "hard", "no image": "hard", "unreadable image": "hard",
            "too many pixels": "hard", "no caption": "hard", "no class": "hard", "no document": "hard", "empty caption": "soft",
-           "no image left": "soft", "caption not UTF-8": "kept"}
+           "no image left": "soft", "no box": "soft", "caption not UTF-8": "kept"}
 
 
 class Skip(Exception):
@@ -317,6 +317,28 @@ class Sample:
         except Exception:                                    # Pillow's decoders fail in many ways: OSError, SyntaxError, struct.error, ...
             raise Skip("unreadable image") from None
 
+
+    def boxes(self, width, height):
+        """[(x, y, w, h, text)] in pixels of the upright image, which is width x height: the json's "boxes" ({x, y, w, h, text}) or "segments" ({bbox,
+        name}), cut at the image's edges; what is malformed, lies outside or has no text is left out. Raises Skip if none is left."""
+        found, turn, raw = [], 1, next((self.members[s] for s in IMAGES if s in self.members), b"")
+        with contextlib.suppress(Exception):                 # an unreadable image is image()'s business
+            turn = Image.open(io.BytesIO(raw), formats=("JPEG", "PNG", "WEBP")).getexif().get(0x0112, 1)
+        W, H = (height, width) if turn >= 5 else (width, height)                                 # as stored, where boxes are measured
+        for box in next((b for b in map(self.json.get, ("boxes", "segments")) if isinstance(b, list)), []):
+            try:
+                sides = box["bbox"] if "bbox" in box else [box[k] for k in "xywh"]
+                (x, y, w, h), text = map(float, sides), " ".join((box.get("text") or box["name"]).split())
+            except (KeyError, TypeError, ValueError, AttributeError):
+                continue
+            x, y, right, bottom = max(x, 0.0), max(y, 0.0), min(x + w, W), min(y + h, H)
+            w, h = right - x, bottom - y
+            if w > 0 and h > 0 and text:
+                x, y = W - right if turn in (2, 3, 7, 8) else x, H - bottom if turn in (3, 4, 6, 7) else y       # EXIF: mirrored, then transposed
+                found.append((y, x, h, w, text) if turn >= 5 else (x, y, w, h, text))
+        if not found:
+            raise Skip("no box")
+        return found
 
     def document(self, rng, near=None, least=0.24, most=6, first=0.5):
         """Sentences (str) and PIL images in reading order. Fields "texts" and "images", in which one of the two stands at each place

@@ -172,11 +172,6 @@ def relative_position(source, target, grid, dim):
     return torch.cat([wave for part in parts for wave in ((part[..., None] * omega).sin(), (part[..., None] * omega).cos())], 2)
 
 
-def partner(x, block):
-    """Rows of the other image of each mixture: the block's rows in reverse. Its own inverse; nobody is paired with itself."""
-    return x.unflatten(0, (-1, block)).flip(1).flatten(0, 1)
-
-
 def masks(noise, grid, size, keep):
     """(B, L) bool, True = the patch comes from image a: the same number in each row, in units of size x size patches. noise (B, units)."""
     side = grid // size
@@ -339,7 +334,7 @@ def losses(model, batch, own, k, cfg, encode, slow=None):
     own (B, L): patches that show image a, k in each row; k = L is a plain step, which has no image b. encode, slow: model.encoders(), maybe compiled.
     """
     (B, L), device, weights, found, gauges = own.shape, own.device, term_weights(cfg), [], {}
-    other = partial(partner, block=cfg.block)
+    other = partial(common.partner, block=cfg.block)
     rows = torch.arange(B, device=device)
     images = [(own, rows, None), (~own, other(rows), None)][:1 + (k < L)]                        # (patches, row of caption and class, weight)
     if cfg.pool == "all":                                    # as CutMix: one description for both images, each with its share of patches
@@ -439,8 +434,6 @@ def check(cfg):
     if not weights["text"] + weights["class"] + (weights["intra"] + weights["inter"]) * (cfg.keep < 1 and cfg.p_plain == 0):
         raise UserError("nothing to learn: image terms need a mixture in every step (--keep below 1, --p-plain 0) or another term beside them, text "
                         "needs --data, class needs --labels with classes.txt")
-    if cfg.block % 2 or cfg.batch // world() % cfg.block:
-        raise UserError(f"--block {cfg.block} must be even, so that nobody is his own partner, and divide the {cfg.batch // world()} rows of a rank")
 
 
 class Peak(TorchDispatchMode):
@@ -484,6 +477,7 @@ def main(cfg):
     """Train, evaluate, draw. Returns the metrics of the last evaluation."""
     if cfg.dry_run:
         cfg, device = replace(cfg, data=["-"], classes=cfg.classes or 1000), common.join()
+        common.check_rows(cfg)
         check(cfg)
         for what, size in memory(cfg, device).items():
             print0(f"{what:<34}{size / 2 ** 30:10.3f} GiB")

@@ -70,7 +70,7 @@ def complements(n=B):
     """Masks with which both mixtures of a pair are one picture: whatever one hides of an image, the other hides too."""
     own = halves(n)
     first = (torch.arange(n) % BLOCK < BLOCK // 2)[:, None]
-    return own.where(first, ~m3i.partner(own, BLOCK))
+    return own.where(first, ~common.partner(own, BLOCK))
 
 
 WHOLE = halves(keep=1.0)                                     # image a alone
@@ -238,8 +238,8 @@ def test_masks_hold_as_many_patches_in_each_row_in_whole_units(size, keep, count
 
 def test_partners_are_each_others_and_never_oneself():
     n = torch.arange(12)
-    there = m3i.partner(n, 4)
-    assert torch.equal(m3i.partner(there, 4), n) and there.ne(n).all() and torch.equal(there // 4, n // 4)
+    there = common.partner(n, 4)
+    assert torch.equal(common.partner(there, 4), n) and there.ne(n).all() and torch.equal(there // 4, n // 4)
 
 
 def test_every_patch_of_a_mixture_is_one_of_either_image_to_the_bit():
