@@ -1,7 +1,7 @@
 """Speed as ratios, each measured in one run: medians of interleaved repeats.
 
     python tests/bench.py                # all subjects that run here
-    python tests/bench.py mug lcl m3i    # some of them
+    python tests/bench.py mug timix      # some of them
 """
 import argparse, os, statistics, sys, time
 from types import SimpleNamespace
@@ -13,6 +13,7 @@ import torch
 
 import data
 import lcl
+import timix
 from common import ViT
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -100,7 +101,32 @@ def m3i_mixture():
     yield "M3I encoder, one mixture / two masked passes, masked patches left out", t["mixture"] / t["left out"], "-"
 
 
-SUBJECTS = {"mug": mug_encoder, "lcl": lcl_packing, "m3i": m3i_mixture}
+def timix_mixed_pass():
+    """What mixing adds to a step on clean pairs and region images: all of it, and what is not an encoder pass. ViT-S, the released proportions."""
+    cfg = timix.Config(dim=384, heads=6, text_dim=384, text_heads=6, batch=16, block=16)
+    model = timix.TiMix(cfg).to(DEVICE)
+    n, L, R = model.vision.grid, cfg.context, cfg.batch // 2
+    pictures = lambda rows: torch.randint(0, 256, (rows, 3, cfg.image_size, cfg.image_size), dtype=torch.uint8, device=DEVICE)
+    words = lambda *rows: torch.randint(8, 1000, (*rows, L), device=DEVICE)
+    true = lambda *shape: torch.ones(*shape, dtype=torch.bool, device=DEVICE)
+    batch = dict(images=pictures(cfg.batch), tokens=words(cfg.batch), valid=true(cfg.batch, L), region_images=pictures(R),
+                 region_tokens=words(R, cfg.entries), region_valid=true(R, cfg.entries, L), region_patches=true(R, cfg.entries, n * n),
+                 region_used=true(R, cfg.entries))
+    noise = torch.rand(cfg.batch, 2 * L + 2 * cfg.block + n * n)
+
+    def step(mixing):
+        model.zero_grad(set_to_none=True)
+        sum(timix.losses(model, batch, noise, common.generator(0), cfg, 1.0, mixing)[0].values()).backward()
+
+    def mixing():
+        mix = timix.text_aware_mix(batch["images"], noise[:, -n * n:].to(DEVICE), n // 2, cfg.block)
+        timix.soft_labels(cfg.targets, mix, cfg.block, noise[:, :cfg.batch].to(DEVICE), noise[:, :cfg.batch].to(DEVICE))
+    t = seconds({"clean": lambda: step(False), "mixed": lambda: step(True), "mixing": mixing})
+    yield "TiMix, mixing alone (scores to images and labels) / step", t["mixing"] / t["mixed"], "<= 0.03"
+    yield "TiMix, mixed pass / clean step", t["mixed"] / t["clean"] - 1, "<= 0.6"
+
+
+SUBJECTS = {"mug": mug_encoder, "lcl": lcl_packing, "m3i": m3i_mixture, "timix": timix_mixed_pass}
 
 
 if __name__ == "__main__":

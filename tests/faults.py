@@ -17,7 +17,7 @@ import data
 
 STEPS = 60
 SMALL = f"--steps {STEPS} --save-every 3 --dim 32 --depth 1 --heads 2 --text-dim 32 --text-heads 2 --eval-every -1 --workers 1".split()
-SCRIPTS = {"align.py": ["--batch", "64"], "mug.py": ["--batch", "64"], "lcl.py": ["--batch", "8"], "m3i.py": ["--batch", "32"]}
+SCRIPTS = {"align.py": ["--batch", "64"], "mug.py": ["--batch", "64"], "lcl.py": ["--batch", "8"], "timix.py": ["--batch", "32"], "m3i.py": ["--batch", "32"]}
 
 
 def start(script, out, root):
