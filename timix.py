@@ -343,7 +343,7 @@ def losses(model, batch, noise, generator, cfg, rise, mixing, fast=None, slow=No
     """
     fast, slow, images, tokens, valid = fast or model, slow or model.teacher, *(batch[k] for k in ("images", "tokens", "valid"))
     (B, L), tau, chunks = tokens.shape, model.temperature, lambda f, *rows: common.in_chunks(f, cfg.micro, *rows)
-    words, draws, guess = noise.to(tokens.device, non_blocking=True).split([2 * L, 2 * cfg.block, model.vision.grid ** 2], 1)
+    words, rivals, chance = noise.to(tokens.device, non_blocking=True).split([2 * L, 2 * cfg.block, model.vision.grid ** 2], 1)
     alpha, terms, gauges, boxes = cfg.alpha * rise * (model.teacher is not None), {}, {}, "region_images" in batch
     with common.autocast(cfg, images.device):
         seen, tapped = chunks(lambda x: fast.vision(x, tap=model.tap), images)
@@ -360,7 +360,7 @@ def losses(model, batch, noise, generator, cfg, rise, mixing, fast=None, slow=No
     terms["itc"] = soft_itc(logits, targets)
 
     if model.teacher:
-        other_text, other_image = hard_negatives(image, text, tau, draws.view(B, 2, cfg.block), cfg.block)
+        other_text, other_image = hard_negatives(image, text, tau, rivals.view(B, 2, cfg.block), cfg.block)
         rows = torch.arange(B, device=tokens.device)
         rows_t, rows_i = torch.cat([rows, rows, other_text]), torch.cat([rows, other_image, rows])
         shown, at, asked = mask_tokens(tokens, valid, words.view(B, 2, L), cfg.mask_ratio, cfg.vocab_size)
@@ -387,7 +387,7 @@ def losses(model, batch, noise, generator, cfg, rise, mixing, fast=None, slow=No
     if mixing:
         with common.autocast(cfg, images.device):
             scores = model.relevance(tapped, seen, states, boxes)
-        mix = MIXERS[cfg.mix](images, scores, guess, model.vision.grid, generator, cfg)
+        mix = MIXERS[cfg.mix](images, scores, chance, model.vision.grid, generator, cfg)
         labels = soft_labels(cfg.targets, mix, cfg.block, *logits, scores.exp())
         with common.autocast(cfg, images.device):
             mixed, = chunks(lambda x: (fast.vision(x)[:, 0],), mix.images)
@@ -535,7 +535,7 @@ def draw(model, tokenizer, cfg, device, boxes):
     index, title = evaluation.held_out(cfg)
     if rank():
         return {}
-    terms = ["itc", "mix"] + ["itm", "mlm"] * bool(model.teacher) + ["pta", "pta_recall"] * boxes
+    terms = ["itc"] + ["mix"] * (cfg.mix != "none") + ["itm", "mlm"] * bool(model.teacher) + ["pta", "pta_recall"] * boxes
     evaluation.curves(f"{cfg.out}/log.jsonl", f"{cfg.out}/curves.png", ["loss", *terms, "temperature", "grad_norm"],
                       f"TiMix ({cfg.mix}), {cfg.steps} steps of {cfg.batch}")
     samples = [index[i] for i in torch.linspace(0, len(index) - 1, 6).long().tolist()]
