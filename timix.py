@@ -353,9 +353,11 @@ def losses(model, batch, noise, generator, cfg, rise, mixing, fast=None, slow=No
     own = F.one_hot(rank() * B + torch.arange(B, device=tokens.device), logits[0].shape[1]).to(image.dtype)
     targets = (own, own)
     if model.teacher:
-        with torch.no_grad(), common.autocast(cfg, images.device):
-            taught, = chunks(lambda x: (slow.vision(x),), images)
-            opinion = model.teacher.image_embeds(taught[:, 0]), model.teacher.text_embeds(chunks(lambda t, v: (slow.text(t, v),), tokens, valid)[0])
+        with torch.no_grad():
+            with common.autocast(cfg, images.device):
+                taught, = chunks(lambda x: (slow.vision(x),), images)
+                opinion = model.teacher.text_embeds(chunks(lambda t, v: (slow.text(t, v),), tokens, valid)[0])
+                opinion = model.teacher.image_embeds(taught[:, 0]), opinion
             targets = [alpha * x.softmax(1) + (1 - alpha) * own for x in similarities(*opinion, tau)]
     terms["itc"] = soft_itc(logits, targets)
 
