@@ -99,7 +99,7 @@ ROW = np.dtype([("shard", "<i4"), ("offset", "<i8"), ("span", "<i4")])
 
 def scan(path):
     """One pass over a tar's headers -> ([(offset, span)], first key, {note: count}). Python's tarfile ends silently on many cuts and on a
-    damaged header, so the block where it stopped must be the zero block that ends an archive."""
+    damaged header, so the block where it stopped must be the zero block that ends an archive, and nothing but zeros may follow."""
     rows, notes, first, key, seen = [], collections.Counter(), None, None, set()
     size = os.path.getsize(path)
     with open(path, "rb") as f:
@@ -111,12 +111,13 @@ def scan(path):
             with tarfile.open(fileobj=f, mode="r:") as tar:
                 for member in tar:
                     tar.members = []                         # tarfile would keep every header of the archive
-                    if member.size < 0:                      # would lead back to an earlier member, for ever
+                    if member.size < 0 or tar.offset <= member.offset:                           # would lead back to an earlier member, for ever
                         raise tarfile.TarError
                     name, suffix = split_name(member.name) if member.isreg() else (None, None)
                     if not name:
                         continue
                     if member.offset_data + member.size > size:
+                        notes["cut shard"] += 1
                         break
                     if name != key or suffix in seen:        # a repeated suffix starts a new sample of the same key
                         notes["duplicate suffix"] += name == key
@@ -124,18 +125,21 @@ def scan(path):
                         rows.append([member.offset, 0])
                     seen.add(suffix)
                     rows[-1][1] = member.offset_data + -(-member.size // 512) * 512 - rows[-1][0]
-                f.seek(tar.offset)
-                if f.read(512) != bytes(512):
-                    notes["cut shard"] += 1
-        except (tarfile.TarError, OSError, ValueError, EOFError):
+                else:
+                    f.seek(tar.offset)
+                    if f.read(512) != bytes(512):
+                        notes["cut shard"] += 1
+                    elif any(block.strip(b"\0") for block in iter(lambda: f.read(2 ** 20), b"")):   # a hole in it, or archives joined
+                        notes["data behind the end"] += 1
+        except Exception:                                    # tarfile fails in many ways: TarError, OSError, MemoryError, RecursionError, ...
             notes["cut shard" if rows else "not a tar"] += 1
     if os.path.exists(stats := path.removesuffix(".tar") + "_stats.json"):
         try:
             with open(stats) as f:
                 declared = json.load(f)["successes"]
             if declared != len(rows):
-                notes[f"_stats.json declares {declared} samples, found {len(rows)}"] += 1
-        except (ValueError, KeyError, TypeError):
+                notes[f"_stats.json declares {declared!r} samples, found {len(rows)}"] += 1
+        except (ValueError, KeyError, TypeError, RecursionError):
             notes["unreadable _stats.json"] += 1
     notes["sample over 2 GiB"] = sum(span >= 2 ** 31 for _, span in rows)
     return [r for r in rows if r[1] < 2 ** 31], first and first.encode(errors="replace").decode(), {note: n for note, n in notes.items() if n}
@@ -155,7 +159,7 @@ class Index:
     `notes` maps a shard to what was odd about it. Raises UserError if no sample is found.
     """
     def __init__(self, paths):
-        self.paths = [os.path.abspath(p) for p in paths]
+        self.paths, self.fds = [os.path.abspath(p) for p in paths], {}
         cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "vlp-index")
         stamps = []
         try:
@@ -169,7 +173,7 @@ class Index:
             self.build(cache)
         with open(self.file + ".json", encoding="utf-8") as f:
             self.starts, self.first_key, self.notes = json.load(f)
-        self.starts, self.fds = np.array(self.starts), {}
+        self.starts = np.array(self.starts)
         self.rows = np.load(self.file + ".npy", mmap_mode="r")
         if len(self) == 0:
             raise UserError(f"no sample in {len(paths)} shard(s), the first is {paths[0]} ({self.notes or 'empty'}): is it a tar of images?")
@@ -203,6 +207,10 @@ class Index:
     def __reduce__(self):                                    # a worker that is not forked maps the rows anew instead of copying them
         return Index, (self.paths,)
 
+    def __del__(self):                                       # an evaluation makes one each time
+        while self.fds:
+            os.close(self.fds.popitem()[1])
+
     def __getitem__(self, i):
         """Sample i, its bytes read by one pread. Raises Skip."""
         shard, offset, span = self.rows[i].item()
@@ -233,6 +241,8 @@ def unpack(raw):
                     raise Skip("cut sample")
                 return keys.pop(), {suffix: data for (_, suffix), data in pairs if suffix}
             name, suffix = split_name(info.name)
+            if info.size < 0:                                # would lead back, for ever
+                raise Skip("cut sample")
             if suffix:
                 if key not in (None, name):                  # the shard was rewritten since it was indexed
                     raise Skip("cut sample")
@@ -686,7 +696,7 @@ def first_captions(index, most=100_000):
     for i in range(min(len(index), most)):
         try:
             texts = index[i].json.get("text_list") or index[i].json.get("texts") or index[i].captions()
-            found += [t for t in texts if isinstance(t, str)]
+            found += [t for t in texts if isinstance(t, str)] if isinstance(texts, list) else []
         except Skip:
             pass
         if not found and i + 1 == index.starts[index.starts > 0][0]:
@@ -1034,10 +1044,13 @@ def check(paths):
                 pictures = [sample]
                 if "cls" in sample.members:
                     sample.label()
-                elif not {"label", "segments", "qa"} & sample.json.keys() and "seg.png" not in sample.members:
+                if "txt" in sample.members or "caption" in sample.json or not (
+                        {"label", "segments", "qa"} & sample.json.keys() or {"cls", "seg.png"} & sample.members.keys()):
                     sample.captions()
             for picture in pictures:
                 picture.image()
+            if pictures != [sample]:                         # its lists may be none, or name no picture that is there
+                sample.document(rng_for(0), near=1, least=-np.inf)
             reasons = ["caption not UTF-8"] * sample.damaged_text
         except Skip as reason:
             reasons = [str(reason)]
