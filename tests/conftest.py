@@ -1,6 +1,6 @@
 """Fixtures: a cache and a world of their own for the session, a tiny run, and pools of gloo processes that live as long as the session.
 Below them what the tests of several methods ask alike."""
-import contextlib, json, os, queue, signal, socket, sys, tempfile, traceback
+import contextlib, io, json, os, queue, signal, socket, sys, tempfile, traceback
 from dataclasses import replace
 from functools import partial
 
@@ -9,9 +9,11 @@ sys.path.insert(0, ROOT)
 _cache = tempfile.TemporaryDirectory(prefix="vlp-cache-")
 os.environ["XDG_CACHE_HOME"] = _cache.name                   # before anything indexes: never the user's cache
 
+import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from PIL import Image
 
 import align
 import common
@@ -180,3 +182,19 @@ def refused(main, cfg):
         main(cfg)
     assert "\n" not in str(told.value)
     return str(told.value)
+
+
+SHAPES = [{"x": 6, "y": 5, "w": 20, "h": 14, "text": "red"}, {"x": 50, "y": 30, "w": 33, "h": 29, "text": "green"},
+          {"x": 30, "y": 8, "w": 9, "h": 40, "text": "blue"}]
+PAINT = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+
+
+def painted(boxes=SHAPES, size=(96, 64), orientation=None, kind="PNG", listed=None, **fields):
+    """A sample of a grey image with its boxes filled in the colours of their texts."""
+    pixels, raw, exif = np.full((size[1], size[0], 3), 128, np.uint8), io.BytesIO(), Image.Exif()
+    for b in boxes:
+        pixels[b["y"]:b["y"] + b["h"], b["x"]:b["x"] + b["w"]] = PAINT[b["text"]]
+    if orientation:
+        exif[0x0112] = orientation
+    Image.fromarray(pixels).save(raw, kind, exif=exif, **({"quality": 95, "subsampling": 0} if kind == "JPEG" else {}))
+    return data.Sample("k", {"jpg": raw.getvalue(), "json": json.dumps({"boxes": boxes if listed is None else listed, **fields}).encode()})
