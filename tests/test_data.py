@@ -519,9 +519,9 @@ def test_boxes_and_segments_are_read_alike_and_cut_at_the_edges():
 
 def test_malformed_boxes_are_left_out():
     good, big = SHAPES[0], {"x": 3, "y": 3, "w": 1e300, "h": 9, "text": "wide"}
-    bad = [None, 7, "bbox", [1, 2, 3, 4], {}, {**good, "text": None}, {**good, "text": ""}, {**good, "text": 5}, {**good, "text": ["red"]}, {**good, "w": 0},
-           {**good, "h": -3}, {**good, "x": "left"}, {**good, "x": None}, {**good, "y": 64}, {**good, "x": 96}, {**good, "x": float("nan")},
-           {**good, "w": float("nan")}, {**good, "y": -14}, {**good, "x": float("-inf"), "w": float("inf")}, {"bbox": [1, 2, 3], "name": "a"},
+    bad = [None, 7, "bbox", [1, 2, 3, 4], {}, {**good, "text": None}, {**good, "text": ""}, {**good, "text": 5},
+           {**good, "text": ["red"]}, {**good, "w": 0}, {**good, "h": -3}, {**good, "x": "left"}, {**good, "x": None}, {**good, "y": 64},
+           {**good, "x": 96}, {**good, "x": float("nan")}, {**good, "w": float("nan")}, {**good, "y": -14}, {**good, "x": float("-inf"), "w": float("inf")}, {"bbox": [1, 2, 3], "name": "a"},
            {"bbox": 5, "name": "a"}, {**good, "x": 10 ** 400}, {k: v for k, v in good.items() if k != "h"}]
     sample = lambda listed: Sample("k", {**painted().members, "json": json.dumps({"boxes": listed}).encode()})
     for one in bad:

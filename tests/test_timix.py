@@ -134,25 +134,15 @@ def test_windows_are_chosen_and_pasted_as_by_plain_loops(n, side, s, rows, block
     assert mix.kept.sum(1).eq(n * n - s * s).all() and mix.taken.sum(1).eq(s * s).all()
 
 
-def test_half_precision_scores_are_compared_in_float32():
-    """A sum of 36 values rounded to bfloat16 would not tell these windows apart."""
-    images, scores = pictures(2, 16, patches=256)
-    scores = (100 + scores.round()).bfloat16()
-    same_mix(text_aware_mix(images, scores, 6), brute_mix(images, scores.double(), 6, 2))
-
-
-def test_scores_may_be_of_any_scale_and_turned_round_swap_the_windows():
+def test_scores_may_be_of_any_scale_and_precision_and_turned_round_swap_the_windows():
     images, scores = pictures(B)
-    mix, scale, shift = text_aware_mix(images, scores, 2, 4), torch.rand(B, 1) * 5 + 0.1, torch.randn(B, 1)
+    mix, turned = (text_aware_mix(images, sign * scores, 2, 4) for sign in (1, -1))
+    scale, shift = torch.rand(B, 1) * 5 + 0.1, torch.randn(B, 1)
     same_mix(text_aware_mix(images, scale * scores + shift, 2, 4), mix)
-    turned = text_aware_mix(images, -scores, 2, 4)
     assert torch.equal(turned.kept, ~mix.taken) and torch.equal(turned.taken, ~mix.kept)
-
-
-@pytest.mark.parametrize("rows,block", [(3, None), (4, 1), (6, 3), (6, 4), (5, 2)])
-def test_a_row_without_a_partner_is_refused(rows, block):
-    with pytest.raises(ValueError, match="do not divide into blocks"):
-        text_aware_mix(*pictures(rows), 2, block)
+    images, scores = pictures(2, 16, patches=256)
+    scores = (100 + scores.round()).bfloat16()               # sums of 36 of them, rounded to bfloat16, would be told apart no more
+    same_mix(text_aware_mix(images, scores, 6), brute_mix(images, scores.double(), 6, 2))
 
 
 def test_from_no_window_to_the_whole_partner():
@@ -161,11 +151,11 @@ def test_from_no_window_to_the_whole_partner():
     assert torch.equal(none.images, images) and none.lam == 1 and none.kept.all() and not none.taken.any()
     assert torch.equal(whole.images, images[MIRROR[:B]]) and whole.lam == 0 and not whole.kept.any() and whole.taken.all()
     assert torch.equal(images[MIRROR[:B]][MIRROR[:B]], images) and all(i != j for i, j in enumerate(MIRROR))
-
-
-def test_equal_images_with_constant_scores_stay_what_they_are():
-    images = pictures(1)[0].expand(4, -1, -1, -1)
-    assert torch.equal(text_aware_mix(images, torch.zeros(4, 16), 2).images, images)
+    equal = images[:1].expand(4, -1, -1, -1)                 # in constant scores the first window is the least and the most
+    assert torch.equal(text_aware_mix(equal, torch.zeros(4, 16), 2).images, equal)
+    for rows, block in ((3, None), (4, 1), (6, 3), (6, 4), (5, 2)):
+        with pytest.raises(ValueError, match="do not divide into blocks"):
+            text_aware_mix(*pictures(rows), 2, block)
 
 
 @pytest.mark.parametrize("n,most", [(16, 12), (14, 10), (6, 4)])
@@ -240,17 +230,13 @@ def test_labels_are_those_of_the_dense_matrix_on_any_number_of_ranks(pools, worl
             assert not found.requires_grad and (found.sum(1) - 1).abs().max() < 1e-12
 
 
-def test_the_matrix_is_symmetric_and_doubly_stochastic():
+def test_the_matrix_is_doubly_stochastic_and_predictions_soften_it():
     found, back = labels_here("area")
     assert torch.equal(found, found.T) and torch.equal(found, back) and found.ne(0).sum(1).eq(2).all() and (found.sum(0) - 1).abs().max() < 1e-12
-
-
-def test_sure_predictions_are_the_area_and_ignorant_ones_uniform():
-    mix, eye = Mix(None, 0.7, None, None), torch.eye(16, dtype=torch.float64)
-    for found, again in zip(timix.soft_labels("predicted", mix, BLOCK, 1e4 * eye, 1e4 * eye), labels_here("area")):
-        torch.testing.assert_close(found, again)
-    for found in timix.soft_labels("predicted", mix, BLOCK, 0 * eye, 0 * eye):
-        torch.testing.assert_close(found, torch.full_like(found, 1 / 16))
+    for sure, want in ((1e4, found), (0.0, torch.full_like(found, 1 / 16))):     # sure predictions are the area, ignorant ones uniform
+        logits = sure * torch.eye(16, dtype=torch.float64)
+        for soft in timix.soft_labels("predicted", Mix(None, 0.7, None, None), BLOCK, logits, logits):
+            torch.testing.assert_close(soft, want)
 
 
 def test_relevance_by_hand():
@@ -297,15 +283,14 @@ def test_mixing_is_infonce_plus_a_penalty_on_the_margin():
     assert all(area(0.7, best + e * torch.eye(4)) > area(0.7, best) for e in (-0.1, 0.1, 5.0))
 
 
-def test_the_gradient_is_probability_less_label():
-    logits = S16.clone().requires_grad_()
-    timix.soft_itc((logits, torch.zeros(16, 16)), (dense(0.7), torch.zeros(16, 16))).backward()
-    torch.testing.assert_close(logits.grad, (S16.softmax(1) - dense(0.7)) / 32, rtol=1e-10, atol=1e-12)
-    assert logits.grad.sum(1).abs().max() < 1e-15
-    sure = torch.tensor([[9.0, 0.0], [0.0, 9.0]], requires_grad=True)            # sure of its own text: pulled down, which clean InfoNCE never does
-    M = torch.tensor([[0.7, 0.3], [0.3, 0.7]])
-    timix.soft_itc((sure, sure.T), (M, M)).backward()
-    assert sure.grad[0, 0].item() == pytest.approx((1 - 0.7) / 2, abs=1e-3)
+def test_the_gradient_is_probability_less_label_and_pulls_a_sure_positive_down():
+    zero, sure = torch.zeros(16, 16), 9 * torch.eye(16, dtype=torch.float64)
+    for start in (S16, sure):
+        logits = start.clone().requires_grad_()
+        timix.soft_itc((logits, zero), (dense(0.7), zero)).backward()
+        torch.testing.assert_close(logits.grad, (start.softmax(1) - dense(0.7)) / 32, rtol=1e-10, atol=1e-12)
+        assert logits.grad.sum(1).abs().max() < 1e-15
+    assert logits.grad.diag().min() > 0                      # which clean InfoNCE never does
 
 
 def test_the_worked_numbers():
@@ -389,7 +374,8 @@ def test_the_predictor_has_the_published_size_and_tells_log_probabilities():
 
 
 def test_pta_is_the_cross_entropy_of_the_patches_of_used_entries():
-    found, patches, used = torch.randn(5, 9, 2, dtype=torch.float64).log_softmax(2), torch.rand(5, 9) < 0.4, torch.tensor([True, False, True, True, False])
+    g, used = torch.Generator().manual_seed(8), torch.tensor([True, False, True, True, False])
+    found, patches = torch.randn(5, 9, 2, generator=g, dtype=torch.float64).log_softmax(2), torch.rand(5, 9, generator=g) < 0.4
     loss, gauges = timix.pta_loss(found, patches, used)
     for cost in (F.cross_entropy, F.nll_loss):
         assert loss.item() == close(cost(found[used].flatten(0, 1), patches[used].flatten().long()).item())
@@ -429,9 +415,8 @@ def test_region_images_show_a_box_and_mark_the_patches_of_each_text(whole, monke
             there = there[y:y + h, x:x + w][:, ::-1] if flip else there[y:y + h, x:x + w]
             inside[b["text"]] = there.sum() / (b["w"] * b["h"])
             ys, xs = there.nonzero()
-            marks = np.zeros((4, 4), bool)
-            marks[np.ix_(*([any(k * side < 4 * (p + 1) and 4 * p < (k + 1) * side for p in at) for k in range(4)] for at, side in ((ys, h), (xs, w))))] = True
-            want[b["text"]] = marks.ravel()
+            down, across = ([any(k * side < 4 * (p + 1) and 4 * p < (k + 1) * side for p in at) for k in range(4)] for at, side in ((ys, h), (xs, w)))
+            want[b["text"]] = np.outer(down, across).ravel()
         assert 1.0 in inside.values()                        # a whole box
         fits, first = {t for t, share in inside.items() if share > 0.5}, ["all of it"] if whole else []
         assert told[:whole] == first and set(told[whole:used.sum()]) == fits and used.sum() == len(fits) + whole
@@ -540,13 +525,6 @@ def test_without_the_teacher_s_opinion_contrast_is_hard_label_cross_entropy():
     assert set(terms) == {"itc", "pta", "mix"} and model.teacher is None and not hasattr(model, "fusion")
 
 
-def test_whole_windows_with_sure_labels_are_the_partners_clean_contrast():
-    """s = n: the mixture is the partner, area labels are its own, so that L_mix is the clean contrast (7, 15)."""
-    model, whole = build(), dict(min_side=1.0, max_side=1.0, targets="area")
-    terms, _ = objective(model, rise=0.0, **whole)
-    assert terms["mix"].item() == close(terms["itc"].item())
-
-
 def test_gradients_stop_where_they_should():
     model, tap = build(tap=1), 1
     model.teacher.requires_grad_(True)                       # even so
@@ -560,7 +538,7 @@ def test_gradients_stop_where_they_should():
     assert found["pta"] == part("predictor.", "text.") | below
     fusion = part("fusion.", "norm.")
     assert found["mix"] == found["itc"] == above | below | part("text.", "image_proj", "text_proj", "temperature")
-    assert found["itm"] > fusion | part("match.") and found["mlm"] > fusion | part("word.") and not (found["itm"] | found["mlm"]) & part("temperature")
+    assert found["itm"] > fusion | part("match.") and found["mlm"] > fusion | part("word.") and "temperature" not in found["itm"] | found["mlm"]
 
 
 def test_mixed_images_enter_only_their_own_loss(monkeypatch):
@@ -572,15 +550,6 @@ def test_mixed_images_enter_only_their_own_loss(monkeypatch):
     scores, chance, n, generator, cfg = seen[0]
     assert not scores.requires_grad and torch.equal(chance, noise()[:, -GRID ** 2:]) and n == GRID
     assert numbers(objective(model, mixing=False)[0]) == {k: v for k, v in plain.items() if k != "mix"}
-
-
-def test_region_images_enter_only_pta_and_the_choice_of_windows():
-    model, batch = build(), rows()
-    plain, other = (numbers(objective(model, {**batch, **change}, mix="random")[0]) for change in
-                    ({}, {"region_images": batch["region_images"].flip(0), "region_tokens": batch["region_tokens"].flip(0)}))
-    assert {k for k in plain if plain[k] != other[k]} == {"pta"}
-    hidden = {**batch, "region_patches": batch["region_patches"] ^ ~batch["region_used"][..., None]}
-    assert numbers(objective(model, hidden)[0]) == numbers(objective(model, batch)[0])           # entries not used teach nothing
 
 
 def test_without_boxes_patches_are_scored_by_their_cosine_with_the_text(monkeypatch):
@@ -609,7 +578,8 @@ def test_recomputing_changes_no_gradient(changes):
 
 def test_bfloat16_changes_little():
     model = build().float()
-    one, other = (timix.losses(model, rows(), noise(), common.generator(0, 0, 1), config(precision=p), 0.5, True)[0] for p in ("fp32", "bf16"))
+    one, other = (timix.losses(model, rows(), noise(), common.generator(0, 0, 1), config(precision=p, mix="random"), 0.5, True)[0]
+                  for p in ("fp32", "bf16"))
     assert all(t.dtype == torch.float32 for t in other.values()) and numbers(other) == pytest.approx(numbers(one), rel=0.05)
     same_gradients(gradients(model, other["mix"]), gradients(model, one["mix"]), rtol=0.5, atol=0.02)
 
@@ -621,7 +591,8 @@ def test_the_average_forgets_at_the_rate_of_its_momentum():
     for _ in range(k):
         model.follow(0.9)
     found = dict(model.teacher.named_parameters())
-    assert all((found[n] - w).abs().max() < 1e-12 for n, w in want.items()) and found.keys() >= {"norm.weight", "word.weight", "fusion.0.norm1.weight"}
+    assert all((found[n] - w).abs().max() < 1e-12 for n, w in want.items())
+    assert found.keys() >= {"norm.weight", "word.weight", "fusion.0.norm1.weight"}
     fresh = timix.TiMix(config())
     assert all(torch.equal(m, dict(fresh.named_parameters())[n]) and not m.requires_grad for n, m in fresh.teacher.named_parameters())
 
@@ -687,7 +658,7 @@ def test_words_are_masked_at_their_rates_and_asked_for_as_they_were():
     for share, want in ((mask, 0.8), (same, 0.1 * (1 + 1 / 492)), (~mask & ~same, 0.1)):
         assert share.double().mean().item() == pytest.approx(want, abs=wrong(want, total))
     anything = kinds[~mask & ~same]
-    assert anything.min() >= 8 and anything.max() < vocab and anything.double().mean().item() == pytest.approx(253.5, abs=4 * 142 / math.sqrt(len(anything)))
+    assert anything.min() >= 8 and anything.max() < vocab and abs(anything.double().mean() - 253.5) < 4 * 142 / math.sqrt(len(anything))
     for none in (timix.mask_tokens(tokens, valid, chance, 0.0, vocab), timix.mask_tokens(tokens, valid & False, chance, 0.9, vocab)):
         assert torch.equal(none[0], tokens) and (none[2] == -1).all()
 
@@ -720,7 +691,7 @@ def test_one_image_is_learned_by_heart_and_the_window_moves_with_the_text():
 def test_a_taught_predictor_covers_fewer_patches_with_objects_than_chance_and_the_reverse_more(tiny_world, plain, tmp_path):
     """Taught by the boxes of the tiny world alone, without a mixture, and judged by boxes held out."""
     cfg = config(data=[f"{tiny_world}/pairs"], out=str(tmp_path / "run"), base="clip", mix="none", w_itc=0.0, image_size=48, dim=32, text_dim=32,
-                 context=24, steps=80, lr=5e-3)
+                 context=24, steps=60, lr=5e-3)
     log, saved, _ = run(cfg)
     torch.manual_seed(0)
     model, tokenizer, found = timix.TiMix(cfg), Tokenizer.loads(saved["vocab"]), []
@@ -746,15 +717,15 @@ def paths(tiny_world, tmp_path):
 
 @pytest.fixture(scope="module")
 def whole(tiny_world, tmp_path_factory):
-    """Twenty steps in one process: what they logged and saved; of each, how far terms had risen, was there a mixture, model and teacher as flat vectors."""
-    cfg = config(data=[f"{tiny_world}/pairs"], out=str(tmp_path_factory.mktemp("timix") / "run"), context=24, w_itm=2.0, w_mlm=0.5, w_pta=0.7, w_mix=0.3,
-                 ramp=0.25, mix_until=0.5)
+    """Twenty steps in one process: what they logged and saved; of each the rise, was there a mixture, model and teacher as flat vectors, draws."""
+    cfg = config(data=[f"{tiny_world}/pairs"], out=str(tmp_path_factory.mktemp("timix") / "run"), context=24, w_itm=2.0, w_mlm=0.5, w_pta=0.7,
+                 w_mix=0.3, ramp=0.25, mix_until=0.5)
     steps, losses = [], timix.losses
     flat = lambda model, names: torch.cat([dict(model.named_parameters())[n].detach().flatten() for n in names])
 
     def watched(model, batch, chance, generator, cfg, rise, mixing, *parts):
         names = [n for n, _ in model.teacher.named_parameters()]
-        steps.append((rise, mixing, flat(model, names), flat(model.teacher, names), chance, batch["images"].clone()))
+        steps.append((rise, mixing, flat(model, names), flat(model.teacher, names), chance))
         return losses(model, batch, chance, generator, cfg, rise, mixing, *parts)
     with pytest.MonkeyPatch.context() as m:
         m.setattr(timix, "losses", watched)
@@ -779,7 +750,7 @@ def test_the_average_is_moved_before_it_is_asked_and_no_step_repeats_its_draws(w
         torch.testing.assert_close(now, 0.9 * slow + 0.1 * fast, rtol=1e-5, atol=1e-7)
         slow = now
     assert torch.equal(torch.cat([v.flatten() for k, v in saved["model"].items() if k.startswith("teacher.")]), slow)
-    assert len(torch.cat([chance for *_, chance, _ in steps]).unique(dim=0)) == 20 * 16
+    assert len(torch.cat([chance for *_, chance in steps]).unique(dim=0)) == 20 * 16
 
 
 def test_stopped_and_resumed_is_bitwise_the_run_without_a_stop(whole, monkeypatch):
@@ -788,8 +759,8 @@ def test_stopped_and_resumed_is_bitwise_the_run_without_a_stop(whole, monkeypatc
     conftest.resumes_bitwise(timix.main, cfg, log, saved, keys, monkeypatch)
 
 
-CASES = {"albef text predicted": {}, "clip random area": dict(base="clip", mix="random", targets="area"),
-         "albef cutmix relevance": dict(mix="cutmix", targets="relevance"), "clip text relevance": dict(base="clip", targets="relevance")}
+CASES = {"albef text predicted": {}, "clip random relevance": dict(base="clip", mix="random", targets="relevance"),
+         "albef cutmix area": dict(mix="cutmix", targets="area")}
 
 
 @pytest.fixture(scope="module")
@@ -805,8 +776,7 @@ def alone(tiny_world, tmp_path_factory):
     return one
 
 
-@pytest.mark.parametrize("case,world", [("albef text predicted", 4), ("albef text predicted", 2), ("clip random area", 2), ("albef cutmix relevance", 2),
-                                        ("clip text relevance", 2)])
+@pytest.mark.parametrize("case,world", [("albef text predicted", 4), *((case, 2) for case in CASES)])
 def test_runs_on_any_number_of_ranks_are_one_run(alone, pools, case, world):
     cfg, grads, log = alone(case)
     for theirs in pools(world)(first_step, cfg):
@@ -853,11 +823,11 @@ def plain(tiny_world, tmp_path_factory):
 
 
 def test_data_without_boxes_train_with_cosines_and_say_so(plain, paths, capsys):
-    cfg = config(**{**paths, "data": [str(plain / "train-00000.tar")]}, steps=3)
+    cfg = config(**{**paths, "data": [str(plain / "train-00000.tar")]}, steps=3, temperature=0.7)
     log, _, _ = run(cfg)
     told = capsys.readouterr().out
     assert "no boxes in the data, so cosines of patches and text; PTA is off" in told and len(told.splitlines()) <= 4
-    assert all("pta" not in r for r in log) and "mix" in log[1] and "mix" not in log[2]
+    assert all("pta" not in r for r in log) and "mix" in log[1] and "mix" not in log[2] and log[0]["temperature"] == 0.5
     assert "relevance needs probabilities" in refused(replace(cfg, targets="relevance", out=cfg.out + "-relevance"))
 
 
@@ -874,7 +844,8 @@ def test_a_finished_run_is_evaluated_measured_and_drawn(plain, paths):
     model, batch = timix.Model(config(context=24)), rows()
     model.load_state_dict(saved["model"])
     told = model.score(*(batch[k] for k in ("images", "tokens", "valid")))
-    log_odds = model.match(model.fuse(model.text(batch["tokens"], batch["valid"]), batch["valid"], model.vision(batch["images"]))[:, 0]).log_softmax(1)
+    states = model.text(batch["tokens"], batch["valid"])
+    log_odds = model.match(model.fuse(states, batch["valid"], model.vision(batch["images"]))[:, 0]).log_softmax(1)
     torch.testing.assert_close(told, log_odds[:, 1] - log_odds[:, 0])
 
 
@@ -892,10 +863,7 @@ def test_a_block_that_spans_ranks_is_refused(paths, pools):
     assert all("--block 16" in told and "divide the 8 rows of a rank" in told for told in pools(2)(refused, config(block=16, **paths)))
 
 
-def test_flags_are_checked_and_the_demo_is_whole():
-    for flags, told in (("--entries 0", "--entries 0: too small"), ("--embed 0", "--embed 0: too small"), ("--mix-util 1", "did you mean --mix-until")):
-        with pytest.raises(UserError, match=told):
-            common.parse(timix.Config, timix.DEMO, "", flags.split())
+def test_the_demo_is_sound():
     demo = common.parse(timix.Config, timix.DEMO, "", [])
     timix.check(demo)
     common.check_rows(demo)
