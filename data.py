@@ -334,12 +334,13 @@ class Sample:
         found, turn, raw = [], 1, next((self.members[s] for s in IMAGES if s in self.members), b"")
         with contextlib.suppress(Exception):                 # an unreadable image is image()'s business
             turn = Image.open(io.BytesIO(raw), formats=("JPEG", "PNG", "WEBP")).getexif().get(0x0112, 1)
+        turn = turn if turn in range(1, 9) else 1            # as Pillow, which turns nothing where the tag holds anything else
         W, H = (height, width) if turn >= 5 else (width, height)                                 # as stored, where boxes are measured
         for box in next((b for b in map(self.json.get, ("boxes", "segments")) if isinstance(b, list)), []):
             try:
                 sides = box["bbox"] if "bbox" in box else [box[k] for k in "xywh"]
-                (x, y, w, h), text = map(float, sides), " ".join((box.get("text") or box["name"]).split())
-            except (KeyError, TypeError, ValueError, AttributeError):
+                (x, y, w, h), text = map(float, sides), " ".join((box.get("text") or box["name"])[:MAX_CAPTION].split())
+            except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
                 continue
             x, y, right, bottom = max(x, 0.0), max(y, 0.0), min(x + w, W), min(y + h, H)
             w, h = right - x, bottom - y

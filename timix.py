@@ -404,7 +404,8 @@ def pta_loss(found, patches, used):
     loss = torch.where(used[:, None], F.nll_loss(found.flatten(0, 1), patches.flatten().long(), reduction="none").view(patches.shape), 0)
     right = (found[..., 1] > found[..., 0]) == patches
     sums = common.total(torch.stack([x.sum() for x in (used[:, None].expand_as(patches), used[:, None] & right, used[:, None] & patches,
-                                                       used[:, None] & patches & right)])).double().clamp(min=1)
+                                                       used[:, None] & patches & right)])).double()
+    sums[::2].clamp_(min=1)                                  # what is divided by
     return loss.sum() * world() / sums[0].to(loss.dtype), {"pta_accuracy": sums[1] / sums[0], "pta_recall": sums[3] / sums[2]}
 
 

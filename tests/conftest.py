@@ -1,16 +1,22 @@
-"""Fixtures: a cache and a world of their own for the session, a tiny run, and pools of gloo processes that live as long as the session."""
-import os, queue, socket, sys, tempfile, traceback
+"""Fixtures: a cache and a world of their own for the session, a tiny run, and pools of gloo processes that live as long as the session.
+Below them what the tests of several methods ask alike."""
+import contextlib, io, json, os, queue, signal, socket, sys, tempfile, traceback
+from dataclasses import replace
+from functools import partial
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 _cache = tempfile.TemporaryDirectory(prefix="vlp-cache-")
 os.environ["XDG_CACHE_HOME"] = _cache.name                   # before anything indexes: never the user's cache
 
+import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from PIL import Image
 
 import align
+import common
 import data
 
 SHARED = os.path.join(os.path.dirname(ROOT), "shared", "data")
@@ -42,7 +48,6 @@ def _serve(rank, world, port, tasks, results):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    import common
     common.join()
     while (task := tasks.get()) is not None:
         try:
@@ -98,3 +103,98 @@ def pools():
     yield pool
     for pool in made.values():
         pool.close()
+
+
+# ---- what the tests of several methods ask alike ----
+
+close = partial(pytest.approx, rel=1e-10, abs=1e-12)
+
+
+@contextlib.contextmanager
+def exact():
+    """float() means double(): rounding to float32 on the way would hide small mistakes."""
+    plain, torch.Tensor.float = torch.Tensor.float, torch.Tensor.double
+    try:
+        yield
+    finally:
+        torch.Tensor.float = plain
+
+
+def numbers(terms):
+    return {name: t.item() for name, t in terms.items()}
+
+
+def gradients(model, loss):
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    return dict(zip((n for n, _ in named), torch.autograd.grad(loss, [p for _, p in named], retain_graph=True, allow_unused=True)))
+
+
+def same_gradients(ours, theirs, **tolerance):
+    """None is as good as zero: nothing is learned."""
+    for name in ours.keys() | theirs.keys():
+        a, b = ours.get(name), theirs.get(name)
+        a, b = (torch.zeros_like(b) if a is None and b is not None else a), (torch.zeros_like(a) if b is None and a is not None else b)
+        if a is not None:
+            torch.testing.assert_close(a, b, **(tolerance or dict(rtol=1e-9, atol=1e-12)), msg=name)
+
+
+def far(a, b):
+    """The largest relative distance of two lists of tensors."""
+    return max(((x - y).norm() / y.norm().clamp(min=1e-12)).item() for x, y in zip(a, b, strict=True))
+
+
+def run(main, cfg):
+    """-> lines of the log, last checkpoint, metrics; None on ranks other than 0."""
+    torch.manual_seed(99 + common.rank())                    # what the process did before must not matter
+    result = main(cfg)
+    if common.rank() == 0:
+        with open(f"{cfg.out}/log.jsonl") as f:
+            return [json.loads(line) for line in f], common.read_checkpoint(f"{cfg.out}/last.pt"), result
+
+
+def first_step(main, cfg):
+    """Gradients of the first step, caught where the optimiser would use them."""
+    caught, step = [], torch.optim.AdamW.step
+    torch.optim.AdamW.step = lambda opt: caught.extend(p.grad.clone() for g in opt.param_groups for p in g["params"])
+    try:
+        main(replace(cfg, steps=1, out=f"{cfg.out}-first{common.world()}", fresh=True))
+    finally:
+        torch.optim.AdamW.step = step
+    return caught
+
+
+def resumes_bitwise(main, cfg, log, saved, keys, monkeypatch):
+    """Stopped by a signal in the third of its steps and started again, a run logs and saves to the bit what it did without a stop."""
+    cfg, following, calls = replace(cfg, out=cfg.out + "-stopped"), common.Log.next, []
+    with monkeypatch.context() as m:                         # told with the third batch, read with the fourth
+        m.setattr(common.Log, "next", lambda *args: (calls.append(1), len(calls) == 3 and os.kill(os.getpid(), signal.SIGTERM), following(*args))[2])
+        assert run(main, cfg)[1]["step"] == 4
+    again, state, _ = run(main, cfg)
+    assert keys and set(keys) <= {k for r in log for k in r}     # a term may be there in some steps only
+    assert [[r.get(k) for k in keys] for r in again] == [[r.get(k) for k in keys] for r in log]
+    assert all(torch.equal(v, saved["model"][k]) for k, v in state["model"].items())
+    assert all(torch.equal(v[k], saved["optimizer"]["state"][i][k]) for i, v in state["optimizer"]["state"].items() for k in v)
+
+
+def refused(main, cfg):
+    """The one line with which a run is refused."""
+    with pytest.raises(common.UserError) as told:
+        main(cfg)
+    assert "\n" not in str(told.value)
+    return str(told.value)
+
+
+SHAPES = [{"x": 6, "y": 5, "w": 20, "h": 14, "text": "red"}, {"x": 50, "y": 30, "w": 33, "h": 29, "text": "green"},
+          {"x": 30, "y": 8, "w": 9, "h": 40, "text": "blue"}]
+PAINT = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+
+
+def painted(boxes=SHAPES, size=(96, 64), orientation=None, kind="PNG", listed=None, **fields):
+    """A sample of a grey image with its boxes filled in the colours of their texts."""
+    pixels, raw, exif = np.full((size[1], size[0], 3), 128, np.uint8), io.BytesIO(), Image.Exif()
+    for b in boxes:
+        pixels[b["y"]:b["y"] + b["h"], b["x"]:b["x"] + b["w"]] = PAINT[b["text"]]
+    if orientation:
+        exif[0x0112] = orientation
+    Image.fromarray(pixels).save(raw, kind, exif=exif, **({"quality": 95, "subsampling": 0} if kind == "JPEG" else {}))
+    return data.Sample("k", {"jpg": raw.getvalue(), "json": json.dumps({"boxes": boxes if listed is None else listed, **fields}).encode()})

@@ -22,6 +22,7 @@ from PIL import Image
 
 import data
 from common import UserError
+from conftest import PAINT, SHAPES, painted
 from data import Index, Plan, Sample, Skip, Tokenizer
 
 CPU = torch.device("cpu")
@@ -501,6 +502,62 @@ def test_a_jpeg_is_decoded_at_a_fraction_with_both_sides_at_least_near(width, he
     got = Sample("k", {"jpg": encoded(page, "JPEG", quality=95)}).image(near=near)
     assert got.size == want
     assert np.abs(np.asarray(got).astype(int) - np.asarray(page.resize(want, Image.BOX)).astype(int)).mean() < 2
+
+
+# ---- boxes of a sample ----
+
+def boxes_of(sample):
+    return [tuple(b) for b in sample.boxes(*sample.image().size)]
+
+
+def test_boxes_and_segments_are_read_alike_and_cut_at_the_edges():
+    listed = [{"x": -5, "y": 60, "w": 20, "h": 20, "text": "  one \n two "}, {"bbox": [90.5, 1, 50, 2.5], "name": "edge"}]
+    want = [(0, 60, 15, 4, "one two"), (90.5, 1, 5.5, 2.5, "edge")]
+    for fields in ({"boxes": listed}, {"segments": listed}, {"boxes": listed, "segments": [{"bbox": [0, 0, 9, 9], "name": "other"}]}):
+        assert boxes_of(Sample("k", {**painted().members, "json": json.dumps(fields).encode()})) == want
+
+
+def test_malformed_boxes_are_left_out():
+    good, big = SHAPES[0], {"x": 3, "y": 3, "w": 1e300, "h": 9, "text": "wide"}
+    bad = [None, 7, "bbox", [1, 2, 3, 4], {}, {**good, "text": None}, {**good, "text": ""}, {**good, "text": 5},
+           {**good, "text": ["red"]}, {**good, "w": 0}, {**good, "h": -3}, {**good, "x": "left"}, {**good, "x": None}, {**good, "y": 64},
+           {**good, "x": 96}, {**good, "x": float("nan")}, {**good, "w": float("nan")}, {**good, "y": -14}, {**good, "x": float("-inf"), "w": float("inf")}, {"bbox": [1, 2, 3], "name": "a"},
+           {"bbox": 5, "name": "a"}, {**good, "x": 10 ** 400}, {k: v for k, v in good.items() if k != "h"}]
+    sample = lambda listed: Sample("k", {**painted().members, "json": json.dumps({"boxes": listed}).encode()})
+    for one in bad:
+        with pytest.raises(Skip, match="no box"):
+            boxes_of(sample([one]))
+    assert boxes_of(sample([*bad, good, big])) == [(6, 5, 20, 14, "red"), (3, 3, 93, 9, "wide")]
+    assert len(boxes_of(sample([{**good, "text": "a" * 10 ** 6}]))[0][4]) == data.MAX_CAPTION
+    for listed in ({}, "boxes", None, 5):
+        with pytest.raises(Skip, match="no box"):
+            boxes_of(sample(listed))
+    assert Sample("k", {"jpg": b"no image", "json": sample([good]).members["json"]}).boxes(96, 64) == [(6, 5, 20, 14, "red")]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_boxes_follow_the_pixels_through_every_orientation(orientation, kind):
+    sample = painted(orientation=orientation, kind=kind)
+    image = np.asarray(sample.image()).astype(int)
+    assert image.shape[:2] == ((96, 64) if orientation > 4 else (64, 96))
+    for x, y, w, h, text in boxes_of(sample):
+        ys, xs = (np.abs(image - PAINT[text]).max(2) < 80).nonzero()
+        assert (x, y, w, h) == (xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1)
+    cut = {**SHAPES[0], "x": -4, "y": 55}                    # cut where it was measured, then turned
+    (_, _, w, h, _), = boxes_of(Sample("k", {**sample.members, "json": json.dumps({"boxes": [cut]}).encode()}))
+    assert (h, w) == (16, 9) if orientation > 4 else (w, h) == (16, 9)
+
+
+def test_orientations_that_do_not_exist_turn_nothing():
+    text = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<HHHI4sI", 1, 0x0112, 2, 2, b"6\0\0\0", 0)
+    for raw in (painted(orientation=9).members["jpg"], text):
+        if raw is text:
+            raw = io.BytesIO()
+            Image.new("RGB", (96, 64)).save(raw, "JPEG", exif=text)
+            raw = raw.getvalue()
+        sample = Sample("k", {"jpg": raw, "json": painted().members["json"]})
+        assert sample.image().size == (96, 64) and boxes_of(sample)[0] == (6, 5, 20, 14, "red")
 
 
 # ---- views ----

@@ -1,8 +1,9 @@
 """LCL's documents, rows, model, contrast and training run against the oracles of its specification."""
-import io, itertools, json, math, os, signal, zipfile
+import io, itertools, json, math, os, zipfile
 from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import common
+import conftest
 import data
 import lcl
 from common import UserError, unit
@@ -523,26 +525,20 @@ def test_a_batch_takes_each_source_in_its_own_order_at_the_specified_rows(share)
 TERMS = "loss", "gen", "con", "spread", "cosine", "temperature"
 
 
-def run(cfg):
-    torch.manual_seed(99 + common.rank())                    # what the process did before must not matter
-    lcl.main(cfg)
-    if common.rank() == 0:
-        with open(f"{cfg.out}/log.jsonl") as f:
-            return [json.loads(line) for line in f], common.read_checkpoint(f"{cfg.out}/last.pt")
+run = partial(conftest.run, lcl.main)
 
 
 def first_step(cfg, naive=False):
     """Gradients of the first step, caught where the optimiser would use them, and this rank's batch.
     naive: as if all ranks had as many labels and pairs as this one."""
-    caught, batches, step, pack, total = [], [], torch.optim.AdamW.step, lcl.pack, common.total
-    torch.optim.AdamW.step = lambda opt: caught.extend(p.grad.clone() for g in opt.param_groups for p in g["params"])
+    batches, pack, total = [], lcl.pack, common.total
     lcl.pack = lambda *args, **kwargs: (batches.append(pack(*args, **kwargs)), batches[-1].copy())[1]
     if naive:
         common.total = lambda count: count * common.world()
     try:
-        lcl.main(replace(cfg, steps=1, out=f"{cfg.out}-first{common.world()}", fresh=True))
+        caught = conftest.first_step(lcl.main, cfg)
     finally:
-        torch.optim.AdamW.step, lcl.pack, common.total = step, pack, total
+        lcl.pack, common.total = pack, total
     return caught, batches[0]
 
 
@@ -561,7 +557,7 @@ def whole(folder, tmp_path_factory):
     """Twenty steps on pairs and documents in one process: what they logged and saved; gradients of the first."""
     cfg = config(data=[f"{folder}/pairs"], docs=[f"{folder}/docs"], docs_share=0.5, seed=1, context=64, w_gen=0.5, w_con=2.0,
                  out=str(tmp_path_factory.mktemp("lcl") / "run"))
-    return cfg, *run(cfg), first_step(cfg)
+    return cfg, *run(cfg)[:2], first_step(cfg)
 
 
 def test_a_step_goes_along_the_gradients_that_the_tests_above_are_about(whole):
@@ -579,14 +575,7 @@ def test_a_step_goes_along_the_gradients_that_the_tests_above_are_about(whole):
 
 def test_stopped_and_resumed_is_bitwise_the_run_without_a_stop(whole, monkeypatch):
     cfg, log, saved, _ = whole
-    cfg, following, calls = replace(cfg, out=cfg.out + "-stopped"), common.Log.next, []
-    with monkeypatch.context() as m:                         # told with the third batch, read with the fourth
-        m.setattr(common.Log, "next", lambda *args: (calls.append(1), len(calls) == 3 and os.kill(os.getpid(), signal.SIGTERM), following(*args))[2])
-        assert run(cfg)[1]["step"] == 4
-    again, state = run(cfg)
-    assert [[r[k] for k in (*TERMS, "lr", "grad_norm")] for r in again] == [[r[k] for k in (*TERMS, "lr", "grad_norm")] for r in log]
-    assert all(torch.equal(v, saved["model"][k]) for k, v in state["model"].items())
-    assert all(torch.equal(v[k], saved["optimizer"]["state"][i][k]) for i, v in state["optimizer"]["state"].items() for k in v)
+    conftest.resumes_bitwise(lcl.main, cfg, log, saved, (*TERMS, "lr", "grad_norm"), monkeypatch)
 
 
 @pytest.mark.parametrize("changes,calls", [({}, 3), (dict(pack=False), 3), (dict(micro=4), None), (dict(grad_checkpoint=True), 6)])
@@ -610,7 +599,7 @@ def test_each_arm_trains_on_its_own_terms(folder, tmp_path, objective):
     """Documents alone; the method's own arm to the end, with its pictures."""
     end = 0 if objective == "lcl" else -1
     cfg = config(docs=[f"{folder}/docs"], out=str(tmp_path / "run"), objective=objective, steps=2, context=64, batch=4, eval_every=end)
-    log, state = run(cfg)
+    log, state, _ = run(cfg)
     for r in log:
         want = {"lcl": r["gen"] + 0.1 * r["con"], "gen": r["gen"], "con": 0.1 * r["con"], "gen+reg": r["gen"] + r.get("reg", 0)}[objective]
         assert r["loss"] == pytest.approx(want, rel=1e-5) and ("reg" in r) == (objective == "gen+reg") == ("regress.weight" in state["model"])
@@ -621,7 +610,7 @@ def test_each_arm_trains_on_its_own_terms(folder, tmp_path, objective):
 
 
 def test_pairs_alone_train_too(folder, tmp_path):
-    log, _ = run(config(data=[f"{folder}/pairs"], out=str(tmp_path / "run"), steps=2, docs_share=0.9))
+    log, _, _ = run(config(data=[f"{folder}/pairs"], out=str(tmp_path / "run"), steps=2, docs_share=0.9))
     assert all(r["con"] > 0 for r in log)                    # about half of them have their text before
 
 
@@ -670,7 +659,7 @@ def test_ranks_with_unequal_numbers_of_labels_and_pairs_are_one_run(whole, pools
     assert all(far(theirs, alone) < 1e-5 for theirs, _ in found)
     assert all(len({b[k].gt(-1 + (k == "context")).sum().item() for _, b in found}) > 1 for k in ("labels", "context"))
     assert far(pools(world)(first_step, cfg, True)[0][0], alone) > 1e-3          # so a mean of the ranks' means would have been noticed
-    theirs, _ = pools(world)(run, replace(cfg, out=f"{cfg.out}-{world}"))[0]
+    theirs, _, _ = pools(world)(run, replace(cfg, out=f"{cfg.out}-{world}"))[0]
     for a, b in zip(log, theirs, strict=True):
         assert [b[k] for k in TERMS] == pytest.approx([a[k] for k in TERMS], rel=1e-4)
 

@@ -1,5 +1,5 @@
 """M3I's geometry, mixtures, objective, moving average and training run against the oracles of its specification (O1 .. O19)."""
-import contextlib, io, json, math, os, re, signal, subprocess, sys
+import io, math, os, re, subprocess, sys
 from dataclasses import fields, replace
 from functools import partial
 
@@ -11,10 +11,11 @@ from PIL import Image
 
 import align
 import common
+import conftest
 import data
 import m3i
 from common import UserError
-from conftest import ROOT
+from conftest import ROOT, close, exact, far, gradients, numbers, same_gradients
 from m3i import TERMS
 
 torch.set_num_threads(1)
@@ -76,42 +77,11 @@ def complements(n=B):
 WHOLE = halves(keep=1.0)                                     # image a alone
 
 
-@contextlib.contextmanager
-def exact():
-    """float() means double(): rounding to float32 on the way would hide small mistakes."""
-    plain, torch.Tensor.float = torch.Tensor.float, torch.Tensor.double
-    try:
-        yield
-    finally:
-        torch.Tensor.float = plain
-
-
 def objective(model, batch=None, own=None, encode=None, **changes):
     """-> terms, z, gauges as main gets them."""
     own, batch, encoders = halves() if own is None else own, batch or rows(), model.encoders()
     with exact():
         return m3i.losses(model, batch, own, int(own[0].sum()), known(**changes), encode or encoders[0], *encoders[1:])
-
-
-def gradients(model, loss):
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    return dict(zip((n for n, _ in named), torch.autograd.grad(loss, [p for _, p in named], retain_graph=True, allow_unused=True)))
-
-
-def same_gradients(ours, theirs, **tolerance):
-    """None is as good as zero: nothing is learned."""
-    for name in ours.keys() | theirs.keys():
-        a, b = ours.get(name), theirs.get(name)
-        a, b = (torch.zeros_like(b) if a is None and b is not None else a), (torch.zeros_like(a) if b is None and a is not None else b)
-        if a is not None:
-            torch.testing.assert_close(a, b, **(tolerance or dict(rtol=1e-9, atol=1e-12)), msg=name)
-
-
-def numbers(terms):
-    return {name: t.item() for name, t in terms.items()}
-
-
-close = partial(pytest.approx, rel=1e-10, abs=1e-12)
 
 
 # ---- where views lie (O1 .. O4) ----
@@ -576,18 +546,14 @@ def test_eight_rows_are_learned_by_heart():
     (dict.fromkeys([f"w_{t}" for t in TERMS], 0.0), "nothing to learn"), (dict(only="text", w_text=0.0), "nothing to learn")])
 def test_what_cannot_be_trained_is_refused_with_its_value(changes, told):
     with pytest.raises(UserError, match=told):
+        common.check_rows(known(**changes))
         m3i.check(known(**changes))
         m3i.M3I(known(**changes))
 
 
 # ---- whole runs ----
 
-def run(cfg):
-    torch.manual_seed(99 + common.rank())                    # what the process did before must not matter
-    result = m3i.main(cfg)
-    if common.rank() == 0:
-        with open(f"{cfg.out}/log.jsonl") as f:
-            return [json.loads(line) for line in f], common.read_checkpoint(f"{cfg.out}/last.pt"), result
+run, first_step, refused = (partial(ask, m3i.main) for ask in (conftest.run, conftest.first_step, conftest.refused))
 
 
 @pytest.fixture
@@ -628,26 +594,7 @@ def test_the_average_follows_ever_more_slowly_and_before_it_is_used(whole):
 
 def test_stopped_and_resumed_is_bitwise_the_run_without_a_stop(whole, monkeypatch):
     cfg, log, saved, _ = whole
-    cfg, following, calls = replace(cfg, out=cfg.out + "-stopped"), common.Log.next, []
-    with monkeypatch.context() as m:                         # told with the third batch, read with the fourth
-        m.setattr(common.Log, "next", lambda *args: (calls.append(1), len(calls) == 3 and os.kill(os.getpid(), signal.SIGTERM), following(*args))[2])
-        assert run(cfg)[1]["step"] == 4
-    again, state, _ = run(cfg)
-    keys = ("loss", *TERMS, "target_std", "lr", "grad_norm", "temperature")
-    assert [[r[k] for k in keys] for r in again] == [[r[k] for k in keys] for r in log]
-    assert all(torch.equal(v, saved["model"][k]) for k, v in state["model"].items())
-    assert all(torch.equal(v[k], saved["optimizer"]["state"][i][k]) for i, v in state["optimizer"]["state"].items() for k in v)
-
-
-def first_step(cfg):
-    """Gradients of the first step, caught where the optimiser would use them."""
-    caught, step = [], torch.optim.AdamW.step
-    torch.optim.AdamW.step = lambda opt: caught.extend(p.grad.clone() for g in opt.param_groups for p in g["params"])
-    try:
-        m3i.main(replace(cfg, steps=1, out=f"{cfg.out}-first{common.world()}", fresh=True))
-    finally:
-        torch.optim.AdamW.step = step
-    return caught
+    conftest.resumes_bitwise(m3i.main, cfg, log, saved, ("loss", *TERMS, "target_std", "lr", "grad_norm", "temperature"), monkeypatch)
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -655,16 +602,10 @@ def test_runs_on_any_number_of_ranks_are_one_run(whole, pools, world):
     cfg, log, _, _ = whole
     alone = first_step(cfg)
     for theirs in pools(world)(first_step, cfg):
-        assert max(((a - b).norm() / b.norm().clamp(min=1e-12)).item() for a, b in zip(theirs, alone, strict=True)) < 1e-5
+        assert far(theirs, alone) < 1e-5
     theirs, _, _ = pools(world)(run, replace(cfg, out=f"{cfg.out}-{world}"))[0]
     for a, b in zip(log, theirs, strict=True):
         assert [b[k] for k in ("loss", *TERMS)] == pytest.approx([a[k] for k in ("loss", *TERMS)], rel=1e-4)
-
-
-def refused(cfg):
-    with pytest.raises(UserError) as told:
-        m3i.main(cfg)
-    return str(told.value)
 
 
 def test_a_block_that_spans_ranks_is_refused(paths, tmp_path, pools):

@@ -1,6 +1,7 @@
 """MUG's masking, its two decoders, its generation and its training run against the oracles of its specification."""
-import json, math, os, signal
+import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,8 +9,10 @@ import torch
 import torch.nn.functional as F
 
 import common
+import conftest
 import mug
 from common import UserError, ViT
+from conftest import far
 from data import Tokenizer
 
 torch.set_num_threads(1)
@@ -372,12 +375,7 @@ def test_what_cannot_be_trained_is_refused_with_its_value(changes, told):
 
 # ---- whole runs ----
 
-def run(cfg):
-    torch.manual_seed(99 + common.rank())                    # what the process did before must not matter
-    mug.main(cfg)
-    if common.rank() == 0:
-        with open(f"{cfg.out}/log.jsonl") as f:
-            return [json.loads(line) for line in f], common.read_checkpoint(f"{cfg.out}/last.pt")
+run = partial(conftest.run, mug.main)
 
 
 @pytest.fixture(scope="module")
@@ -387,7 +385,7 @@ def whole(tiny_world, tmp_path_factory):
     noise, forward = [], mug.MUG.forward
     with pytest.MonkeyPatch.context() as m:
         m.setattr(mug.MUG, "forward", lambda *args: (noise.append(args[2]), forward(*args))[1])
-        return cfg, *run(cfg), noise
+        return cfg, *run(cfg)[:2], noise
 
 
 def test_the_logged_loss_is_weighted_and_the_rate_peaks_after_warm_up(whole):
@@ -405,33 +403,21 @@ def test_no_image_of_a_run_gets_a_mask_twice(whole):
 
 def test_stopped_and_resumed_is_bitwise_the_run_without_a_stop(whole, monkeypatch):
     cfg, log, saved, _ = whole
-    cfg, following, calls = replace(cfg, out=cfg.out + "-stopped"), common.Log.next, []
-    with monkeypatch.context() as m:                         # told with the third batch, read with the fourth
-        m.setattr(common.Log, "next", lambda *args: (calls.append(1), len(calls) == 3 and os.kill(os.getpid(), signal.SIGTERM), following(*args))[2])
-        assert run(cfg)[1]["step"] == 4
-    again, state = run(cfg)
-    assert [[r[k] for k in (*TERMS, "lr", "grad_norm")] for r in again] == [[r[k] for k in (*TERMS, "lr", "grad_norm")] for r in log]
-    assert all(torch.equal(v, saved["model"][k]) for k, v in state["model"].items())
-    assert all(torch.equal(v[k], saved["optimizer"]["state"][i][k]) for i, v in state["optimizer"]["state"].items() for k in v)
+    conftest.resumes_bitwise(mug.main, cfg, log, saved, (*TERMS, "lr", "grad_norm"), monkeypatch)
 
 
 def first_step(cfg, naive=False):
     """Gradients of the first step, caught where the optimiser would use them; noise and caption lengths of this rank's rows.
     naive: as if all ranks had as many tokens as this one."""
-    caught, seen, step, forward, total = [], [], torch.optim.AdamW.step, mug.MUG.forward, common.total
-    torch.optim.AdamW.step = lambda opt: caught.extend(p.grad.clone() for g in opt.param_groups for p in g["params"])
+    seen, forward, total = [], mug.MUG.forward, common.total
     mug.MUG.forward = lambda *args: (seen.extend([args[2], args[4][:, 1:].sum(1)]), forward(*args))[1]
     if naive:
         common.total = lambda count: count * common.world()
     try:
-        mug.main(replace(cfg, steps=1, out=f"{cfg.out}-first{common.world()}", fresh=True))
+        caught = conftest.first_step(mug.main, cfg)
     finally:
-        torch.optim.AdamW.step, mug.MUG.forward, common.total = step, forward, total
+        mug.MUG.forward, common.total = forward, total
     return caught, *seen
-
-
-def far(a, b):
-    return max(((x - y).norm() / y.norm().clamp(min=1e-12)).item() for x, y in zip(a, b))
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -442,6 +428,6 @@ def test_ranks_with_captions_of_unequal_length_are_one_run(whole, pools, world):
     assert all(far(theirs, alone) < 1e-5 for theirs, _, _ in found)
     assert len({lengths.sum().item() for _, _, lengths in found}) > 1
     assert far(pools(world)(first_step, cfg, True)[0][0], alone) > 1e-3          # so a mean of the ranks' means would have been noticed
-    theirs, _ = pools(world)(run, replace(cfg, out=f"{cfg.out}-{world}"))[0]
+    theirs, _, _ = pools(world)(run, replace(cfg, out=f"{cfg.out}-{world}"))[0]
     for a, b in zip(log, theirs, strict=True):
         assert [b[k] for k in TERMS] == pytest.approx([a[k] for k in TERMS], rel=1e-4)
