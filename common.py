@@ -450,7 +450,7 @@ def parse(Config, demo, doc="", argv=None):
         if given["size"] not in SIZES:
             raise UserError(f"--size {given['size']}: choose one of {' '.join(SIZES)}")
         values.update({k: v for k, v in zip(("dim", "depth", "heads"), SIZES[given["size"]]) if k not in given})
-    least = {"eval_every": -1, "context": 3, "temperature": 1e-9, **dict.fromkeys(AT_LEAST_ONE, 1)}
+    least = {"eval_every": -1, "context": 3, "temperature": 1e-9, "scale": 1e-3, **dict.fromkeys(AT_LEAST_ONE, 1)}
     wrong = [f"--{k.replace('_', '-')} {v}" for k, v in values.items() if isinstance(v, (int, float)) and not v >= least.get(k, 0)]
     if values.get("schedule", "linear") not in ("linear", "cosine"):
         raise UserError(f"--schedule {values['schedule']}: choose linear or cosine")

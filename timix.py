@@ -1,4 +1,4 @@
-"""TiMix (arXiv 2312.08846): text-aware image mixing. Where a caption cares least about its image, the part another caption cares most about is pasted.
+"""TiMix (arXiv 2312.08846): text-aware image mixing: over what a caption cares least about goes what another caption cares most about.
 
     python timix.py                                              # trains on the built-in world, evaluates, draws
     python timix.py --mix none --out runs/timix-none             # the same model without mixing
@@ -15,9 +15,10 @@ so it is InfoNCE plus a penalty on the margin between the two captions, least at
 
 Read Config (what the run is), text_aware_mix, soft_labels and soft_itc (the method, free functions), PatchPredictor, TiMix, losses, then main.
 Departures: the paper's text was not available to us, the method is that of its released code. (1) Backbone: ALBEF as described there, without
-the released model's decoder; no queue, as in the released code, where it is commented out; (2) one summed step for three; (3) pairs and hard
-negatives live in blocks of rows, means over ranks are exact; (4) text targets of `predicted` labels are mixed over columns; (5) from scratch,
-one learning rate; (6) a region image is encoded once for all its texts; (7) byte-level BPE, plain pre-norm blocks, an untied word head.
+the released model's decoder; no queue, as in the released code, where it is commented out, so keys and negatives are the online model's; (2) one
+summed step for three; (3) pairs and hard negatives live in blocks of rows, means over ranks are exact; (4) text targets of `predicted` labels are
+mixed over columns; (5) from scratch, one learning rate; (6) a region image is encoded once for all its texts; (7) byte-level BPE, plain pre-norm
+blocks, an untied word head.
 
 Dimension key: B pairs of this rank, G = B * ranks, N = n * n patches, L text tokens, D width, E joint embedding, V vocabulary, R region images.
 """
@@ -197,8 +198,8 @@ def similarities(image, text, temperature):
 
 
 def soft_itc(logits, targets):
-    """Cross-entropy with soft targets, both ways, halved. logits, targets: pairs of (B, G). Returns this rank's share: the mean over ranks is the loss
-    of the global batch."""
+    """Cross-entropy with soft targets, both ways, halved. logits, targets: pairs of (B, G). Returns this rank's share: the mean over ranks is the
+    loss of the global batch."""
     return sum(-(target * x.log_softmax(1)).sum(1).mean() for x, target in zip(logits, targets)) / 2
 
 
@@ -210,7 +211,7 @@ def hard_negatives(image, text, temperature, noise, block):
     found = []
     for (rows, columns), u in zip(((image, text), (text, image)), noise.unbind(1)):
         logits = (rows @ columns.mT / temperature).masked_fill(torch.eye(block, dtype=torch.bool, device=u.device), -math.inf).flatten(0, 1)
-        found.append(first + (logits - (-u.log()).log()).argmax(1))
+        found.append(first + (logits - (-u.clamp(min=1e-12).log()).log()).argmax(1))
     return found
 
 
@@ -229,22 +230,22 @@ def mask_tokens(tokens, valid, noise, ratio, vocab_size):
     return tokens.scatter(1, at, shown.where(pick < ratio, words)), at, words.where(pick < ratio, -1)
 
 
-# Mixtures by name: (images, scores (B, N), noise (B, N), n, generator of the step, cfg) -> Mix.
-MIXERS = {"text": lambda images, scores, noise, n, generator, cfg: text_aware_mix(images, scores, side(n, generator, cfg), cfg.block),
-          "random": lambda images, scores, noise, n, generator, cfg: text_aware_mix(images, noise, side(n, generator, cfg), cfg.block),
-          "cutmix": lambda images, scores, noise, n, generator, cfg: cutmix(images, n, generator, cfg.block)}
+# Mixtures by name: (batch, scores (B, N), noise (B, N), n, generator of the step, cfg) -> Mix.
+MIXERS = {"text": lambda batch, scores, noise, n, generator, cfg: text_aware_mix(batch["images"], scores, side(n, generator, cfg), cfg.block),
+          "random": lambda batch, scores, noise, n, generator, cfg: text_aware_mix(batch["images"], noise, side(n, generator, cfg), cfg.block),
+          "cutmix": lambda batch, scores, noise, n, generator, cfg: cutmix(batch["images"], n, generator, cfg.block)}
 
 
 def side(n, generator, cfg):
-    """Side of the window of a step, in patches: uniform over the integers between int(n * min_side) and int(n * max_side) (TiMix code)."""
-    return int(torch.randint(int(n * cfg.min_side), int(n * cfg.max_side) + 1, (), generator=generator))
+    """Side of a step's window, in patches: uniform over the integers between int(n * min_side) and int(n * max_side) (TiMix code), at least 1."""
+    return max(1, int(torch.randint(int(n * cfg.min_side), int(n * cfg.max_side) + 1, (), generator=generator)))
 
 
 # ---- model ----
 
 class PatchPredictor(nn.Module):
-    """TPP: patch tokens h (B, N, D) in the middle of the image tower and a text vector g (B, Dt) -> log-probabilities (B, N, 2); [..., 1] = belongs to
-    the text (TiMix code)."""
+    """TPP: patch tokens h (B, N, D) in the middle of the image tower and a text vector g (B, Dt) -> log-probabilities (B, N, 2); [..., 1] =
+    belongs to the text (TiMix code)."""
     def __init__(self, dim, text_dim):
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=1e-6)
@@ -341,24 +342,25 @@ def losses(model, batch, noise, generator, cfg, rise, mixing, fast=None, slow=No
     noise (B, 2L + 2 block + N) uniform; generator: of the step; rise: 0 .. 1, how far alpha and the mixture's weight have risen; mixing: is there
     a mixture in this step? fast, slow: namespaces of the (compiled) vision, text, fuse of the model and of its teacher.
     """
-    fast, slow, images, tokens, valid = fast or model, slow or model.teacher, *(batch[k] for k in ("images", "tokens", "valid"))
+    fast, slow, boxes = fast or model, slow or model.teacher, "region_images" in batch
+    images, tokens, valid = (batch[name] for name in ("images", "tokens", "valid"))
     (B, L), tau, chunks = tokens.shape, model.temperature, lambda f, *rows: common.in_chunks(f, cfg.micro, *rows)
     words, rivals, chance = noise.to(tokens.device, non_blocking=True).split([2 * L, 2 * cfg.block, model.vision.grid ** 2], 1)
-    alpha, terms, gauges, boxes = cfg.alpha * rise * (model.teacher is not None), {}, {}, "region_images" in batch
+    alpha, terms, gauges = cfg.alpha * rise * (model.teacher is not None), {}, {}
     with common.autocast(cfg, images.device):
         seen, tapped = chunks(lambda x: fast.vision(x, tap=model.tap), images)
         states, = chunks(lambda t, v: (fast.text(t, v),), tokens, valid)
         image, text = model.image_embeds(seen[:, 0]), model.text_embeds(states)
     logits = similarities(image, text, tau)
-    own = F.one_hot(rank() * B + torch.arange(B, device=tokens.device), logits[0].shape[1]).to(image.dtype)
-    targets = (own, own)
+    pairs = F.one_hot(rank() * B + torch.arange(B, device=tokens.device), logits[0].shape[1]).to(image.dtype)      # (B, G)
+    targets = (pairs, pairs)
     if model.teacher:
         with torch.no_grad():
             with common.autocast(cfg, images.device):
-                taught, = chunks(lambda x: (slow.vision(x),), images)
+                seen_slow, = chunks(lambda x: (slow.vision(x),), images)
                 opinion = model.teacher.text_embeds(chunks(lambda t, v: (slow.text(t, v),), tokens, valid)[0])
-                opinion = model.teacher.image_embeds(taught[:, 0]), opinion
-            targets = [alpha * x.softmax(1) + (1 - alpha) * own for x in similarities(*opinion, tau)]
+                opinion = model.teacher.image_embeds(seen_slow[:, 0]), opinion
+            targets = [alpha * x.softmax(1) + (1 - alpha) * pairs for x in similarities(*opinion, tau)]
     terms["itc"] = soft_itc(logits, targets)
 
     if model.teacher:
@@ -370,10 +372,10 @@ def losses(model, batch, noise, generator, cfg, rise, mixing, fast=None, slow=No
         with common.autocast(cfg, images.device):
             joint, = chunks(lambda *x: (fast.fuse(*x)[:, 0],), states[rows_t], valid[rows_t], seen[rows_i])
             match = model.match(joint).float()
-            read = lambda part, run, latent: part.word(chunks(lambda t, v, z: (run.fuse(run.text(t, v), v, z),), shown, valid, latent)[0].gather(1, pick))
-            guessed = read(model, fast, seen).float().log_softmax(2)
+            states_at = lambda run, latent: chunks(lambda t, v, z: (run.fuse(run.text(t, v), v, z),), shown, valid, latent)[0].gather(1, pick)
+            guessed = model.word(states_at(fast, seen)).float().log_softmax(2)
             with torch.no_grad():
-                taught = read(model.teacher, slow, taught).float().softmax(2)
+                taught = model.teacher.word(states_at(slow, seen_slow)).float().softmax(2)
         terms["itm"] = F.cross_entropy(match, (torch.arange(3 * B, device=tokens.device) < B).long())
         hard = F.nll_loss(guessed.flatten(0, 1), asked.flatten(), ignore_index=-1, reduction="sum")
         soft = torch.where(asked >= 0, -(taught * guessed).sum(2), 0).sum()
@@ -389,7 +391,7 @@ def losses(model, batch, noise, generator, cfg, rise, mixing, fast=None, slow=No
     if mixing:
         with common.autocast(cfg, images.device):
             scores = model.relevance(tapped, seen, states, boxes)
-        mix = MIXERS[cfg.mix](images, scores, chance, model.vision.grid, generator, cfg)
+        mix = MIXERS[cfg.mix](batch, scores, chance, model.vision.grid, generator, cfg)
         labels = soft_labels(cfg.targets, mix, cfg.block, *logits, scores.exp())
         with common.autocast(cfg, images.device):
             mixed, = chunks(lambda x: (fast.vision(x)[:, 0],), mix.images)
@@ -415,14 +417,13 @@ def distort(image, rng, moving):
     """RandAugment(2, 7) (TiMix code): two operations, each in half of the cases; those that move pixels only if `moving`. Strengths are ours."""
     bend = lambda a, b, c, d, e, f: image.transform(image.size, Image.AFFINE, (a, b, c, d, e, f), Image.BILINEAR)
     for op in rng.integers(9 if moving else 5, size=2):
-        sign = 1 if rng.random() < 0.5 else -1
+        sign, (w, h) = 1 if rng.random() < 0.5 else -1, image.size
         if rng.random() < 0.5 or op == 0:
             continue
-        shift = 0.05 * sign
-        image = (lambda: ImageOps.autocontrast(image), lambda: ImageOps.equalize(image), lambda: ImageEnhance.Brightness(image).enhance(1 + 0.36 * sign),
-                 lambda: ImageEnhance.Sharpness(image).enhance(1 + 0.36 * sign), lambda: bend(1, 0.2 * sign, -0.1 * sign * image.height, 0, 1, 0),
-                 lambda: bend(1, 0, 0, 0.2 * sign, 1, -0.1 * sign * image.width), lambda: image.rotate(20 * sign, Image.BILINEAR),
-                 lambda: bend(1, 0, shift * image.width, 0, 1, shift * image.height))[op - 1]()
+        image = (lambda: ImageOps.autocontrast(image), lambda: ImageOps.equalize(image),
+                 lambda: ImageEnhance.Brightness(image).enhance(1 + 0.36 * sign), lambda: ImageEnhance.Sharpness(image).enhance(1 + 0.36 * sign),
+                 lambda: bend(1, 0.2 * sign, -0.1 * sign * h, 0, 1, 0), lambda: bend(1, 0, 0, 0.2 * sign, 1, -0.1 * sign * w),
+                 lambda: image.rotate(20 * sign, Image.BILINEAR), lambda: bend(1, 0, 0.05 * sign * w, 0, 1, 0.05 * sign * h))[op - 1]()
     return image
 
 
@@ -438,14 +439,16 @@ def example(sample, rng, cfg, tokenizer):
 def region_example(sample, rng, cfg, tokenizer):
     """A region image with --entries texts and the patches (entries, N) that each describes (X-VLM's loading, as TiMix's code): a crop around one
     box, maybe flipped; texts of boxes that lie in it by more than half; `used` is False where there are fewer."""
+    if not {"boxes", "segments"} & sample.json.keys():       # told before anything is decoded: where boxes are rare, many are passed over
+        raise data.Skip("no box")
     image = sample.image()
     boxes = sample.boxes(*image.size)
     x, y, w, h, _ = boxes[int(rng.integers(len(boxes)))]
     left, top = int(rng.integers(int(x) + 1)), int(rng.integers(int(y) + 1))
     right, bottom = (int(rng.integers(math.ceil(least), most + 1)) for least, most in ((x + w, image.width), (y + h, image.height)))
     flip, n = cfg.flip and rng.random() < 0.5, cfg.image_size // cfg.patch
-    found = [("", np.ones((n, n), bool))] if cfg.whole and ("txt" in sample.members or "caption" in sample.json) else []
-    found = [(sample.caption(rng), patches) for _, patches in found]
+    captioned = cfg.whole and ("txt" in sample.members or "caption" in sample.json)
+    found = [(sample.caption(rng), np.ones((n, n), bool))] if captioned else []
     for i in rng.permutation(len(boxes)):
         x, y, w, h, text = boxes[i]
         a, b, c, d = max(x, left), max(y, top), min(x + w, right), min(y + h, bottom)
@@ -484,14 +487,14 @@ class Joined(torch.utils.data.Dataset):
 
 
 def has_boxes(index):
-    """Has any of the first hundred samples a box with a text?"""
+    """Has any of a hundred samples, spread over all, a box with a text?"""
     def found(i):
         try:
             sample = index[i]
             return bool(sample.boxes(*sample.image().size))
         except data.Skip:
             return False
-    return any(map(found, range(min(len(index), 100))))
+    return any(map(found, np.linspace(0, len(index) - 1, 100).astype(int).tolist()))
 
 
 # ---- held-out pictures and gauges ----
@@ -563,6 +566,8 @@ def check(cfg):
     for name, allowed in (("base", ("albef", "clip")), ("mix", ("none", *MIXERS)), ("targets", ("predicted", "area", "relevance"))):
         if getattr(cfg, name) not in allowed:
             raise UserError(f"--{name} {getattr(cfg, name)}: choose {', '.join(allowed)}")
+    if cfg.mask_ratio > 0.5:
+        raise UserError(f"--mask-ratio {cfg.mask_ratio}: at most half of a caption's words can be asked")
     if not 0 < cfg.min_side <= cfg.max_side <= 1:
         raise UserError(f"--min-side {cfg.min_side} --max-side {cfg.max_side}: a window's side lies between 0 and 1 sides of the image")
 
@@ -579,7 +584,8 @@ def main(cfg):
     rows = [data.Rows(index, data.Plan(index.starts, cfg.batch, cfg.seed, cfg.window), make)]
     batches = data.Batches(rows, cfg.batch, rank(), world())
     if boxes:
-        regions = data.Rows(index, data.Plan(index.starts, cfg.batch // 2, cfg.seed + 1, cfg.window), partial(region_example, cfg=cfg, tokenizer=tokenizer))
+        plan = data.Plan(index.starts, cfg.batch // 2, cfg.seed + 1, cfg.window)
+        regions = data.Rows(index, plan, partial(region_example, cfg=cfg, tokenizer=tokenizer))
         batches = Joined(batches, data.Batches([regions], cfg.batch // 2, rank(), world()))
     elif cfg.targets == "relevance":
         raise UserError("--targets relevance needs probabilities of the patch predictor, which boxes teach: there are none in this data")
@@ -587,7 +593,7 @@ def main(cfg):
     opt = common.adamw(model, cfg, betas=(0.9, 0.999))       # torch's, as TiMix's code
     first, peak = common.restore(state, model, opt), cfg.lr
     common.describe(cfg, device, model, rows, first, peak)
-    print0("patch scores: " + ("the patch predictor, taught by boxes" if boxes else "no boxes in the data, so cosines of patches and text; PTA is off"))
+    print0("patch scores: " + ("patch predictor, taught by boxes" if boxes else "no boxes in the data, so cosines of patches and text; PTA is off"))
     batches = data.Loader(batches, first, cfg, device)
     fast, slow = (part and SimpleNamespace(**{name: common.compiled(getattr(part, name), cfg, device) for name in ("vision", "text", "fuse")})
                   for part in (model, model.teacher))

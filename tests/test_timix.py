@@ -544,7 +544,7 @@ def test_gradients_stop_where_they_should():
 def test_mixed_images_enter_only_their_own_loss(monkeypatch):
     model, seen = build(), []
     plain = numbers(objective(model)[0])
-    monkeypatch.setitem(timix.MIXERS, "text", lambda images, *args: (seen.append(args), Mix(images.flip(3), 0.5, None, None))[1])
+    monkeypatch.setitem(timix.MIXERS, "text", lambda batch, *args: (seen.append(args), Mix(batch["images"].flip(3), 0.5, None, None))[1])
     other = numbers(objective(model)[0])
     assert {k for k in plain if plain[k] != other[k]} == {"mix"}
     scores, chance, n, generator, cfg = seen[0]
@@ -801,8 +801,8 @@ def test_a_mixer_put_in_from_outside_is_used(paths, monkeypatch):
         if order:
             with pytest.raises(UserError, match=f"--mix {name}: choose none, text, random, cutmix"):
                 timix.check(replace(cfg, mix=name))
-            monkeypatch.setitem(timix.MIXERS, name, lambda images, scores, chance, n, generator, cfg, order=order: text_aware_mix(
-                images, order(images, scores), timix.side(n, generator, cfg), cfg.block))
+            monkeypatch.setitem(timix.MIXERS, name, lambda batch, scores, chance, n, generator, cfg, order=order: text_aware_mix(
+                batch["images"], order(batch["images"], scores), timix.side(n, generator, cfg), cfg.block))
         found[name] = run(replace(cfg, mix=name, out=f"{cfg.out}-{name}"))[0][0]["mix"]
         monkeypatch.delitem(timix.MIXERS, name, raising=False) if order else None
     assert len(set(found.values())) == 3
