@@ -5,13 +5,15 @@
     python data.py index 'cc3m/{00000..00331}.tar'             # shards, samples, first key
     python data.py vocab 'cc3m/*.tar' --size 32000 --out vocab.json
     python data.py convert captions_train2017.json --from captions --images train2017 --out coco      # other layouts -> our shards
+    python data.py filter 'cc3m/*.tar' --against 'coco/test-*.tar' --out runs/filtered               # ALIGN's rules for images and texts
+    python data.py bench 'cc3m/*.tar'                          # images/s of the loader beside the bare decoding of the same bytes
 
 A shard is a plain tar whose neighbouring members share a key: 0001.jpg 0001.txt 0001.json. Read Index (where is every sample), Plan (which
 sample at which step), Sample (what is in it), Batches (how they meet).
 Departure from stream readers: random access by an index, so that order and resume do not depend on ranks or workers.
 """
 import argparse, atexit, base64, collections, contextlib, csv, dataclasses, functools, glob, hashlib, heapq, io, itertools, json, multiprocessing
-import os, re, signal, sys, tarfile, tempfile, warnings, zipfile
+import os, re, signal, statistics, sys, tarfile, tempfile, time, warnings, zipfile
 from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
 
@@ -1217,6 +1219,149 @@ def convert(layout, sources, images, out, url_map=None, per_shard=1000, split="t
         raise UserError(f"no {'document' if documents else 'image'} of {len(sources)} file(s) could be converted: is --from {layout} right?")
 
 
+# ---- filter: ALIGN's rules (paper s3) ----
+
+WORD = re.compile(r"\w+(?:['’-]\w+)*")     # ours, in lower case: the paper does not say how it cuts a text into unigrams
+
+
+def grams(text):
+    """Unigrams, and these with the bigrams."""
+    words = WORD.findall(text.lower())
+    return words, words + [f"{a} {b}" for a, b in zip(words, words[1:])]
+
+
+def difference_hash(image):
+    """64 bits: is a pixel of the grey 9 x 8 image brighter than its right neighbour. Resized, recompressed or slightly noisy copies differ in few."""
+    grey = np.asarray(image.convert("L").resize((9, 8), Image.LANCZOS))            # smoother filters take more strangers for copies
+    return np.packbits(grey[:, :-1] > grey[:, 1:]).view(np.uint64)[0]
+
+
+def measure(path, rows, texts=True):
+    """What the rules need of each sample of a shard: (texts, shorter side, longer side, digest of the image's bytes, difference hash), or the reason
+    for which it cannot be used. The sides are those of the original where img2dataset's fields tell them, as shards hold resized images."""
+    found = []
+    with open(path, "rb") as f:
+        for _, offset, span in rows:
+            f.seek(offset)
+            try:
+                sample = Sample(*unpack(f.read(span)))
+                code = difference_hash(sample.image(near=128))
+                raw = next(sample.members[s] for s in IMAGES if s in sample.members)
+                sides = [sample.json.get(f"original_{side}") for side in ("width", "height")]
+                if not all(isinstance(side, int) and side > 0 for side in sides):
+                    sides = Image.open(io.BytesIO(raw)).size
+                found.append((sample.captions() if texts else [], *sorted(sides), hashlib.sha256(raw).digest()[:16], code))
+            except Skip as reason:
+                found.append(str(reason))
+    return found
+
+
+def measured(paths, label, **how):
+    """The index of these shards, and measure() of each sample."""
+    index = Index(paths)
+    rows = [index.rows[a:b].tolist() for a, b in zip(index.starts, index.starts[1:])]
+    return index, [*itertools.chain(*spread(functools.partial(measure, **how), index.paths, rows, label=label, least=50))]
+
+
+def filter_pairs(paths, out, against=(), split="train", min_side=200, max_ratio=3.0, max_texts=1000, max_images=10, min_words=3, max_words=20,
+                 most_frequent=100_000_000, distance=4):
+    """Samples that pass ALIGN's rules -> <split>-*.tar in `out`, member by member as they are; only a list of captions of which some fail is written
+    anew. Prints what each rule dropped. Raises UserError if nothing is left.
+
+    Order (ours): I2, I3, I5 on each sample, then I4 and T1 counted on what is left, T2 on all texts as read; each is counted where it fails first.
+    """
+    with new_shards(out, split) as following:
+        known = measured(against, "hashing", texts=False)[1] if against else []
+        hashes = np.array([s[-1] for s in known if not isinstance(s, str)], np.uint64)
+        index, samples = measured(paths, "measuring")
+        rules = {"I2": f"images whose shorter side is at most {min_side} px", "I3": f"images whose sides are in a ratio of {max_ratio:g} or more",
+                 "I5": f"images within {distance} bits of one of {len(hashes)} evaluation images, by difference hash (ours)",
+                 "I4": f"images with more than {max_texts} texts", "T1": f"texts of more than {max_images} images",
+                 "T2": f"texts with a token outside the {most_frequent} most frequent unigrams and bigrams",
+                 "T3": f"texts of less than {min_words} or more than {max_words} unigrams", "left": "samples without a text left"}
+
+        def image_rule(_, short, long, digest, code):
+            return ("I2" if short <= min_side else "I3" if long >= max_ratio * short
+                    else "I5" if len(hashes) and np.bitwise_count(hashes ^ code).min() <= distance else None)
+        reasons = [s if isinstance(s, str) else image_rule(*s) for s in samples]
+        pairs = {(s[3], text) for s, reason in zip(samples, reasons) if not reason for text in s[0]}
+        texts_of, images_of = (collections.Counter(pair[i] for pair in pairs) for i in (0, 1))
+        every, frequent = [text for s in samples if not isinstance(s, str) for text in s[0]], None
+        if sum(len(grams(text)[1]) for text in every) > most_frequent:     # else all are frequent, and no table is needed
+            counts = collections.Counter(gram for text in every for gram in grams(text)[1])
+            frequent = set(heapq.nsmallest(most_frequent, counts, key=lambda gram: (-counts[gram], gram)))
+
+        def text_rule(text):
+            words, both = grams(text)
+            return ("T1" if images_of[text] > max_images else "T2" if frequent is not None and not frequent.issuperset(both)
+                    else "T3" if not min_words <= len(words) <= max_words else None)
+        kept, dropped, shard = 0, collections.Counter(), None
+        for i, (s, reason) in enumerate(zip(samples, reasons)):
+            reason = reason or ("I4" if texts_of[s[3]] > max_texts else None)
+            failed = [] if reason else [text_rule(text) for text in s[0]]
+            dropped.update(filter(None, failed))
+            if reason or all(failed):
+                dropped[reason or "left"] += 1
+                continue
+            if shard != index.rows[i]["shard"]:              # ours hold what is left of one each
+                shard, tar = index.rows[i]["shard"], following()
+            kept, sample = kept + 1, index[i]
+            if any(failed):
+                left = {**sample.json, "caption": [text for text, f in zip(s[0], failed) if not f]}
+                sample.members["json"] = json.dumps(left).encode()
+            for suffix, raw in sample.members.items():
+                add(tar, f"{sample.key}.{suffix}", raw)
+    print(f"{out}: {kept} of {len(index)} samples kept; dropped:", *(f"{dropped.pop(rule, 0):8} {rule}: {what}" for rule, what in rules.items()),
+          *(f"{n:8} {reason}" for reason, n in dropped.items()), "I1 is not applied: the paper does not name its detector",
+          *[f"{len(known) - len(hashes)} evaluation images could not be read"] * (len(known) > len(hashes)), sep="\n")
+    if not kept:
+        raise UserError(f"none of {len(index)} samples is left: the report above says by which rule, a flag sets each threshold")
+
+
+# ---- bench ----
+
+def view(sample, rng, near, size):
+    return {"image": squash(sample.image(near), size, rng)}
+
+
+def bench(paths, image_size=224, workers=(0, 1, os.cpu_count()), images=2000, repeats=3):
+    """Images a second of the Loader, with ALIGN's view, beside Pillow alone, which decodes and resizes the same bytes in one process: medians of
+    repeats that are taken in turn."""
+    index = Index(paths)
+    batch, near = max(1, min(64, images // 8, len(index) // 8)), round(image_size * 346 / 289)
+    plan, steps, raws, speed = Plan(index.starts, batch, 0, 16), min(images, len(index)) // batch, [], collections.defaultdict(list)
+    for p in range(steps * batch):
+        with contextlib.suppress(Skip, StopIteration):
+            members = index[plan.sample(0, p)].members
+            raws.append(next(members[s] for s in IMAGES if s in members))
+    if len(raws) < 2 * batch or repeats < 1 or image_size < 1 or min(workers) < 0:
+        raise UserError(f"{len(raws)} images to {image_size} px with --repeats {repeats}, --workers {min(workers)}: too few to time anything")
+
+    def alone():
+        for i, raw in enumerate(raws):
+            with contextlib.suppress(Exception):             # what cannot be decoded the Loader passes over as well
+                image = Image.open(io.BytesIO(raw))
+                image.draft("RGB", (near, near))
+                np.asarray(image.convert("RGB").resize((image_size, image_size), Image.BILINEAR))
+            if (i + 1) % batch == 0:
+                yield
+
+    def loaded(workers):
+        batches = Batches([Rows(index, plan, functools.partial(view, near=near, size=image_size))], batch)
+        loader = Loader(batches, 0, SimpleNamespace(workers=workers, steps=steps), torch.device("cpu"))
+        for _ in range(steps):
+            yield next(loader)
+        loader.close()
+    for _ in range(repeats):
+        for n in (None, *workers):
+            ends = [time.perf_counter() for _ in (alone() if n is None else loaded(n))][min(n or 0, steps - 2):]     # not the workers' start
+            speed[n].append((len(ends) - 1) * batch / (ends[-1] - ends[0]))
+    print(f"{steps * batch} images to {image_size} px, median of {repeats}")
+    for n, rates in speed.items():
+        ratio = statistics.median(rates) / statistics.median(speed[None])
+        print(f"{'Pillow alone' if n is None else f'--workers {n}':>14} {statistics.median(rates):9.0f} images/s {ratio:6.2f} x Pillow alone")
+
+
 # ---- command line ----
 
 def check(paths):
@@ -1253,14 +1398,26 @@ def check(paths):
 
 def main(argv=None):
     parser = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    tasks = parser.add_subparsers(dest="task", required=True, metavar="make|index|check|vocab|convert")
+    tasks = parser.add_subparsers(dest="task", required=True, metavar="make|index|check|vocab|filter|convert|bench")
     for name, note in (("index", "locate the samples of shards, and say what is odd about the archives"),
-                       ("check", "read every sample; exit 1 if any cannot be used"), ("vocab", "train a vocabulary on captions")):
+                       ("check", "read every sample; exit 1 if any cannot be used"), ("vocab", "train a vocabulary on captions"),
+                       ("filter", "drop what ALIGN's rules drop, with the paper's thresholds"),
+                       ("bench", "speed of the loader beside the bare decoding of the same bytes")):
         tasks.add_parser(name, help=note, allow_abbrev=False).add_argument("shards", nargs="+")
-    make = tasks.add_parser("make", help="write the built-in world", allow_abbrev=False)
+    make, rules = tasks.add_parser("make", help="write the built-in world", allow_abbrev=False), tasks.choices["filter"]
     make.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    rules.add_argument("--out", required=True)
+    rules.add_argument("--against", nargs="+", default=[], metavar="SHARDS", help="evaluation sets, whose near-duplicates are dropped")
+    rules.add_argument("--split", choices=SPLITS, default="train", help="the name of the shards [train]")
+    tasks.choices["bench"].add_argument("--workers", type=int, nargs="+", default=[0, 1, os.cpu_count()], help=f"[0 1 {os.cpu_count()}]")
     for name, default, note in (("make root", "runs", ""), ("make scenes", 20000, ""), ("make documents", 4000, ""), ("make seed", 0, ""),
-                                ("make noise", 0.0, ""), ("vocab size", 32_000, "number of ids"), ("vocab out", "vocab.json", "")):
+                                ("make noise", 0.0, ""), ("vocab size", 32_000, "number of ids"), ("vocab out", "vocab.json", ""),
+                                ("bench image-size", 224, ""), ("bench images", 2000, ""), ("bench repeats", 3, ""),
+                                ("filter min-side", 200, "I2: shorter sides are above this, in pixels"),
+                                ("filter max-ratio", 3.0, "I3: longer / shorter side is below this"), ("filter distance", 4, "I5: bits of 64, ours"),
+                                ("filter max-texts", 1000, "I4: of an image"), ("filter max-images", 10, "T1: of a text"),
+                                ("filter most-frequent", 100_000_000, "T2: this many unigrams and bigrams are not rare"),
+                                ("filter min-words", 3, "T3"), ("filter max-words", 20, "T3")):
         task, name = name.split()
         tasks.choices[task].add_argument(f"--{name}", type=type(default), default=default, help=f"{note} [{default}]".strip())
     other = tasks.add_parser("convert", help="write another layout as shards", allow_abbrev=False)
@@ -1279,6 +1436,10 @@ def main(argv=None):
         print(make_world(**args))
     elif task == "convert":
         convert(**args)
+    elif task == "filter":
+        filter_pairs(paths, against=expand(args.pop("against"), "test"), **args)
+    elif task == "bench":
+        bench(paths, **args)
     elif task == "check":
         sys.exit(int(check(paths)))
     elif task == "vocab":
