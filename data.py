@@ -4,13 +4,16 @@
     python data.py check '../shared/data/pairs/*.tar'          # what is wrong with these shards (exit 1 if anything is)
     python data.py index 'cc3m/{00000..00331}.tar'             # shards, samples, first key
     python data.py vocab 'cc3m/*.tar' --size 32000 --out vocab.json
+    python data.py convert captions_train2017.json --from captions --images train2017 --out coco      # other layouts -> our shards
+    python data.py filter 'cc3m/*.tar' --against 'coco/test-*.tar' --out runs/filtered               # ALIGN's rules for images and texts
+    python data.py bench 'cc3m/*.tar'                          # images/s of the loader beside the bare decoding of the same bytes
 
 A shard is a plain tar whose neighbouring members share a key: 0001.jpg 0001.txt 0001.json. Read Index (where is every sample), Plan (which
 sample at which step), Sample (what is in it), Batches (how they meet).
 Departure from stream readers: random access by an index, so that order and resume do not depend on ranks or workers.
 """
-import argparse, atexit, collections, contextlib, dataclasses, functools, glob, hashlib, heapq, io, itertools, json, multiprocessing
-import os, re, signal, sys, tarfile, tempfile, warnings, zipfile
+import argparse, atexit, base64, collections, contextlib, csv, dataclasses, functools, glob, hashlib, heapq, io, itertools, json, multiprocessing
+import os, re, signal, statistics, sys, tarfile, tempfile, time, warnings, zipfile
 from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
 
@@ -147,10 +150,11 @@ def scan(path):
 
 def spread(work, *columns, label, least):
     """[work(*row)] over all cores, with a bar; in this process if there are fewer than `least` rows, as starting others takes seconds."""
+    bar = functools.partial(tqdm, desc=label, total=len(columns[0]), unit="shard", leave=False, disable=None)
     if len(columns[0]) < least:
-        return list(map(work, *columns))
+        return list(bar(map(work, *columns)))
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:       # not forked: torch and gloo may have threads here
-        return list(tqdm(pool.map(work, *columns), label, len(columns[0]), unit="shard", leave=False, disable=None))
+        return list(bar(pool.map(work, *columns)))
 
 
 class Index:
@@ -919,10 +923,46 @@ def make_world(root="runs", scenes=20000, documents=4000, seed=0, noise=0.0, par
     return folder
 
 
-# ---- other layouts -> our shards: generators of {suffix: bytes or path, "json": dict}, in which an image is named by its suffix ----
+# ---- writing shards ----
+
+def add(tar, name, raw):
+    info = tarfile.TarInfo(name)                             # mtime, uid, gid are 0, so bytes repeat
+    info.size = len(raw)
+    tar.addfile(info, io.BytesIO(raw))
+
+
+@contextlib.contextmanager
+def new_shards(out, split):
+    """Gives a function that opens the next <split>-00000.tar of folder `out`. All get these names at the end, so that a run cut short leaves none
+    that could pass for the whole."""
+    if glob.glob(f"{glob.escape(out)}/{split}-*.tar"):
+        raise UserError(f"--out {out} already holds {split}-*.tar: give another folder, or remove them first")
+    paths, current = [], contextlib.ExitStack()
+
+    def following():
+        current.close()
+        paths.append(f"{out}/{split}-{len(paths):05d}.tar.part")
+        return current.enter_context(tarfile.open(paths[-1], "w", format=tarfile.PAX_FORMAT))         # USTAR, unless a name is long
+    try:
+        os.makedirs(out, exist_ok=True)
+        yield following
+        current.close()
+        for path in paths:
+            os.replace(path, path.removesuffix(".part"))
+    except OSError as error:
+        raise UserError(f"stopped while writing --out {out} ({error})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            current.close()
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError):     # renamed above, where all went well
+                os.remove(path)
+
+
+# ---- documents of other layouts -> our shards: functions of one document -> {suffix: bytes or path, "json": dict}, images named by suffix ----
 
 def json_lines(paths, dropped):
-    """Objects of .jsonl files, plain or inside a .zip."""
+    """Objects of .jsonl files, plain or inside a .zip, and of the .json members of .tar files."""
     for path in paths:
         try:
             with contextlib.ExitStack() as stack:
@@ -930,7 +970,11 @@ def json_lines(paths, dropped):
                 if zipfile.is_zipfile(path):
                     archive = stack.enter_context(zipfile.ZipFile(path))
                     files = [stack.enter_context(archive.open(name)) for name in archive.namelist() if name.endswith(".jsonl")]
-                for line in itertools.chain(*files):
+                elif path.endswith(".tar"):
+                    dropped.update(scan(path)[2])            # a cut archive: tarfile would not tell
+                    tar = stack.enter_context(tarfile.open(path, "r:"))
+                    files = ([tar.extractfile(member).read()] for member in tar if member.isreg() and member.name.endswith(".json"))
+                for line in itertools.chain.from_iterable(files):
                     try:
                         found = json.loads(line)
                     except (ValueError, RecursionError):
@@ -939,23 +983,28 @@ def json_lines(paths, dropped):
                         yield found
                     else:
                         dropped["line that is no JSON object"] += 1
-        except (OSError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError) as error:
             raise UserError(f"{path} cannot be read ({error})") from None
 
 
 def from_mmc4(doc, files, dropped):
-    """MMC4 (formats 3.1): text_list, image_info with image_name, matched_text_index, matched_sim. Images that were never downloaded are normal."""
+    """MMC4 (formats 3.1): text_list, image_info with image_name, matched_text_index, matched_sim. Images that were never downloaded are normal.
+    open_flamingo's tars (3.3 a) hold the same documents with image_base64 in the entries whose image was found."""
     if not all(isinstance(doc.get(k), list) for k in ("text_list", "image_info")):
         dropped["document without the lists text_list and image_info"] += 1
         return None
     images, info = {}, []
     for entry in (e for e in doc["image_info"] if isinstance(e, dict)):
-        path = files.get(os.path.basename(str(entry.get("image_name"))))
-        if path is None:
-            dropped["image that is not in the folder"] += 1
+        image, kind = files.get(os.path.basename(str(entry.get("image_name")))), "jpg"
+        if isinstance(entry.get("image_base64"), str):
+            with contextlib.suppress(ValueError):
+                image = base64.b64decode(entry["image_base64"])
+                kind = {b"\x89PNG": "png", b"RIFF": "webp"}.get(image[:4], kind)
+        if not image:
+            dropped["image that is not in the folder" if files else "image without bytes"] += 1
             continue
-        suffix = f"{len(images)}.{path.rsplit('.', 1)[1].lower()}"
-        images[suffix] = path
+        suffix = f"{len(images)}.{image.rsplit('.', 1)[1].lower() if isinstance(image, str) else kind}"
+        images[suffix] = image
         info.append({"image_name": suffix, **{k: entry[k] for k in ("matched_text_index", "matched_sim", "raw_url") if k in entry}})
     return {"json": {"url": doc.get("url"), "text_list": doc["text_list"], "image_info": info}, **images}
 
@@ -979,55 +1028,371 @@ def from_obelics(doc, files, dropped):
     return {"json": {"texts": texts, "images": names}, **images}
 
 
-LAYOUTS = {"mmc4": from_mmc4, "obelics": from_obelics}
+# ---- annotated images of other layouts -> our shards: generators of (image's name, what is said about it), which gather() joins ----
+
+def read_json(path):
+    try:
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error})") from None
 
 
-def convert(layout, sources, images, out, url_map=None, per_shard=1000):
-    """Documents in .jsonl(.zip) files and a folder of images -> train-*.tar in `out`. Prints what was dropped and why."""
-    if not os.path.isdir(images):
-        raise UserError(f"--images {images} is no folder: it holds the documents' images")
-    files = {name: os.path.join(folder, name) for folder, _, names in os.walk(images) for name in names
-             if name.lower().endswith(tuple(f".{suffix}" for suffix in IMAGES))}
+def take(row, where, *keys):
+    """The values of these keys. Raises UserError, which names the keys expected and those found."""
+    if not isinstance(row, dict) or not row.keys() >= set(keys):
+        found = f"the keys {', '.join(sorted(row)[:12])}" if isinstance(row, dict) else f"a {type(row).__name__}"
+        raise UserError(f"{where}: expected the keys {', '.join(keys)}, found {found}: is --from right?")
+    return [row[k] for k in keys]
+
+
+def coco(job, path, found):
+    """(image's file name, annotation) of a file of COCO's form."""
+    images, annotations = take(found, path, "images", "annotations")
+    names = dict(take(i, f"images of {path}", "id", "file_name") for i in images)
+    for row in annotations:
+        if (image := take(row, f"annotations of {path}", "image_id")[0]) in names:
+            yield names[image], row
+        else:
+            job.dropped["annotation of an image that the file does not list"] += 1
+
+
+def from_captions(job):
+    """Captions in JSON, told apart by keys: COCO's (formats 6.1), Karpathy's, where train is train + restval (6.2), flat lists (6.3)."""
+    for path in job.sources:
+        found, splits = read_json(path), set()
+        keys = set(found) if isinstance(found, dict) else set()
+        if isinstance(found, list):
+            for row in found:
+                image, caption = take(row, path, "image", "caption")
+                yield image, {"caption": caption if isinstance(caption, list) else [caption]}
+        elif {"images", "annotations"} <= keys:
+            for name, row in coco(job, path, found):
+                yield name, {"caption": take(row, f"annotations of {path}", "caption"), "image_id": row["image_id"]}
+        elif "images" in keys:
+            for row in found["images"]:
+                name, split, sentences = take(row, f"images of {path}", "filename", "split", "sentences")
+                splits.add(split := "train" if split == "restval" else split)
+                if split == job.split:
+                    yield f"{row.get('filepath', '')}/{name}", {"caption": [take(s, f"sentences of {path}", "raw")[0] for s in sentences]}
+            if job.split not in splits:
+                raise UserError(f"--split {job.split}: the images of {path} are of {str(sorted(splits))[1:-1]}")
+        else:
+            take(found, path, "images and annotations (COCO), images with sentences (Karpathy), or image and caption in a list")
+
+
+def from_flickr30k(job):
+    """Flickr30k (formats 7): 1.jpg#0<TAB>caption, or a header line and 1.jpg,caption, in which captions hold commas as well."""
+    for path in job.sources:
+        with open(path, encoding="utf-8") as f:
+            for number, line in enumerate(f):
+                if found := re.match(r"([^\t]+?\.jpg)(?:#\d+\t|,)(.*)", line):
+                    yield found[1], {"caption": [found[2]]}
+                elif line.strip() and (number or "," not in line):                 # else the header
+                    job.dropped["line that is neither NAME.jpg#number, tab, caption nor NAME.jpg, comma, caption"] += 1
+
+
+def from_instances(job):
+    """COCO's boxes (formats 8.2). Classes are the categories in the order of their ids, which have holes. Crowd regions are kept and marked."""
+    names = {}
+    for path in job.sources:
+        found = read_json(path)
+        names.update(take(c, f"categories of {path}", "id", "name") for c in take(found, path, "categories", "images", "annotations")[0])
+        for row in found["images"]:                          # also those without an object
+            image, name = take(row, f"images of {path}", "id", "file_name")
+            yield name, {"boxes": [], "image_id": image}
+        for name, row in coco(job, path, found):
+            category, (x, y, w, h) = take(row, f"annotations of {path}", "category_id", "bbox")
+            if category not in names:
+                raise UserError(f"{path}: category_id {category!r} is not among its categories")
+            yield name, {"boxes": [{"x": x, "y": y, "w": w, "h": h, "text": names[category], "area": row.get("area", w * h),
+                                    "iscrowd": row.get("iscrowd", 0)}]}
+    job.classes = [names[i] for i in sorted(names)]
+
+
+def from_vqa(job):
+    """VQA v2 (formats 8.4): files of questions, and --annotations with ten answers to each, the most common of which becomes the answer."""
+    answers = {}
+    for path in job.annotations:
+        for row in take(read_json(path), path, "annotations")[0]:
+            question, kind, given = take(row, f"annotations of {path}", "question_id", "answer_type", "answers")
+            answers[question] = kind, [take(a, f"answers of {path}", "answer")[0] for a in given]
+    for path in job.sources:
+        questions, subset = take(read_json(path), path, "questions", "data_subtype")
+        for row in questions:
+            number, image, question = take(row, f"questions of {path}", "question_id", "image_id", "question")
+            kind, given = answers.get(number, (None, None))
+            if not given:
+                job.dropped["question without an answer"] += 1
+                continue
+            name = f"COCO_{subset}_{image:012d}.jpg"
+            qa = {"question": question, "answer": collections.Counter(given).most_common(1)[0][0], "answers": given, "answer_type": kind}
+            yield name if name in job.files else f"{image:012d}.jpg", {"qa": [{**qa, "question_id": number}]}
+
+
+def from_ade20k(job):
+    """ADE20K of SceneParse150 (formats 8.1): folders of masks, 0 = other; names of the classes from objectInfo150.csv there or above, if it is."""
+    for folder in job.sources:
+        for above in (folder, f"{folder}/..", f"{folder}/../.."):
+            if os.path.exists(table := f"{above}/objectInfo150.csv") and not job.classes:
+                with open(table, encoding="utf-8", newline="") as f:
+                    rows = {int(i): name for i, name in (take(row, table, "Idx", "Name") for row in csv.DictReader(f))}
+                job.classes = ["unlabeled"] + [rows[i].split(";")[0].strip() for i in range(1, len(rows) + 1)]    # the first of several names
+        for name in sorted(n for n in os.listdir(folder) if n.endswith(".png")):
+            yield f"{name.removesuffix('.png')}.jpg", {"seg.png": f"{folder}/{name}"}
+
+
+def from_folder(job):
+    """A folder for each class (formats 5); the number of a class is its place among the sorted names."""
+    job.classes = sorted(e.name for e in os.scandir(job.images) if e.is_dir() and not e.name.startswith("."))
+    places = [(place.split("/")[0], place) for place in sorted(job.files) if "/" in place]
+    if empty := sorted({*job.classes} - {name for name, _ in places}):
+        raise UserError(f"{job.images}: no image in the class folder {empty[0]} (one of {len(empty)}): remove what is no class")
+    number = {name: str(i).encode() for i, name in enumerate(job.classes)}
+    job.dropped["image outside the class folders"] += len({*job.files.values()} - {None}) - sum(name in number for name, _ in places)
+    yield from ((place, {"cls": number[name]}) for name, place in places if name in number)
+
+
+LAYOUTS = {"mmc4": from_mmc4, "flamingo": from_mmc4, "obelics": from_obelics, "captions": from_captions, "flickr30k": from_flickr30k,
+           "instances": from_instances, "vqa": from_vqa, "ade20k": from_ade20k, "folder": from_folder}
+DOCUMENTS, SPLITS = ("mmc4", "flamingo", "obelics"), ("train", "val", "test")
+
+
+def images_under(folder, dropped, ambiguous):
+    """{name: path} of the images below a folder, by their place in it and by the bare name, where that is not of several (unless ambiguous)."""
+    names, places = {}, {}
+    for at, _, found in os.walk(folder, followlinks=True):
+        for name in sorted(found):
+            if name.lower().endswith(tuple(f".{suffix}" for suffix in IMAGES)):
+                path = os.path.join(at, name)
+                names[name] = path if ambiguous or name not in names else None
+                places[os.path.relpath(path, folder)] = path
+            else:
+                dropped[f"file that is not read: {os.path.splitext(name)[1].lower() or 'no suffix'}"] += 1
+    return {**names, **places}
+
+
+def gather(layout, job):
+    """[{suffix: bytes or path, "json": dict}]: an image once, with all that is said about it. Images that are missing are counted, and listed in
+    out/missing-<split>.txt; more than a tenth of them raises UserError, as does a file of another kind."""
+    records = {}
+    try:
+        for name, fields in tqdm(LAYOUTS[layout](job), "reading", unit="annotation", leave=False, disable=None):
+            parts = str(name).strip("/").split("/")          # as much of the end of the name as is known below the folder
+            path = next((found for i in range(len(parts)) if (found := job.files.get("/".join(parts[i:])))), None)
+            if path is None:
+                job.missing[str(name)] = True
+                continue
+            record = records.setdefault(path, {"json": {}})
+            for key, value in fields.items():
+                if key == "caption":
+                    value = [c.strip() for c in value if isinstance(c, str) and c.strip()]
+                    job.dropped["empty caption"] += len(fields[key]) - len(value)
+                where = record if key in ("seg.png", "cls") else record["json"]
+                where[key] = where.get(key, []) + value if isinstance(value, list) else value
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError, OSError) as error:
+        raise UserError(f"{job.sources[0]} is not what --from {layout} expects ({type(error).__name__}: {error})") from None
+    if len(job.missing) > 0.1 * (len(job.missing) + len(records)):
+        raise UserError(f"{len(job.missing)} of {len(job.missing) + len(records)} images are not under --images {job.images}, more than a tenth "
+                        f"(the first: {', '.join(map(repr, list(job.missing)[:3]))}): is it the right folder?")
+    kept = [{path.rsplit(".", 1)[1].lower(): path, **record} for path, record in records.items() if record["json"].get("caption") != []]
+    job.dropped["image without a caption"] += len(records) - len(kept)
+    # Departure: image folders are shuffled, as shards of a single class would give batches of few
+    return [kept[i] for i in rng_for(4, 0).permutation(len(kept))] if layout == "folder" else kept
+
+
+def convert(layout, sources, images, out, url_map=None, per_shard=1000, split="train", annotations=()):
+    """Files of another layout and a folder of their images -> <split>-*.tar in `out`, with classes.txt where there are classes. Images are copied as
+    they are. Prints what was dropped and why. Raises UserError for files of another layout."""
+    documents, dropped = layout in DOCUMENTS, collections.Counter()
+    images = images or sources[0] * (layout == "folder")
+    if layout == "vqa" and not annotations:
+        raise UserError("--from vqa needs --annotations FILE: it holds the answers")
+    if layout == "folder" and len(sources) > 1 or per_shard < 1:
+        raise UserError(f"--from folder takes one folder, and --per-shard {per_shard} must be at least 1")
+    if not os.path.isdir(images) and (images or not all(path.endswith(".tar") for path in sources)):
+        raise UserError(f"--images {images or '(not given)'} is no folder: it holds the images, with or without sub-folders")
+    files = images_under(images, dropped if layout == "folder" else collections.Counter(), documents) if images else {}
     if url_map:
-        with open(url_map, encoding="utf-8") as f:
-            files.update({url: files[os.path.basename(name)] for url, name in json.load(f).items() if os.path.basename(name) in files})
-    os.makedirs(out, exist_ok=True)
-    dropped, number, tar = collections.Counter(), 0, None
-    for doc in tqdm(json_lines(sources, dropped), "converting", unit="document", leave=False, disable=None):
-        made = LAYOUTS[layout](doc, files, dropped)
-        if not made or len(made) == 1:
-            dropped["document without an image"] += made is not None
-            continue
-        if number % per_shard == 0:
-            tar = finish(tar, tarfile.open(f"{out}/train-{number // per_shard:05d}.tar.part", "w", format=tarfile.USTAR_FORMAT))
-        key = f"{number:09d}"
-        for entry in made["json"].get("image_info", ()):
-            entry["image_name"] = f"{key}.{entry['image_name']}"
-        if "images" in made["json"]:
-            made["json"]["images"] = [name and f"{key}.{name}" for name in made["json"]["images"]]
-        add(tar, f"{key}.json", json.dumps(made.pop("json")).encode())
-        for suffix, path in made.items():
-            with open(path, "rb") as f:
-                add(tar, f"{key}.{suffix}", f.read())
-        number += 1
-    finish(tar)
-    print(f"{out}: {number} documents" + "".join(f"\n  {n:6} dropped: {reason}" for reason, n in dropped.most_common() if n))
+        files.update({url: files[os.path.basename(name)] for url, name in read_json(url_map).items() if os.path.basename(name) in files})
+    job = SimpleNamespace(sources=sources, files=files, images=images, split=split, annotations=annotations, dropped=dropped, classes=[], missing={})
+    records = (LAYOUTS[layout](doc, files, dropped) for doc in json_lines(sources, dropped)) if documents else gather(layout, job)
+    if job.classes and os.path.exists(f"{out}/classes.txt") and (known := beside([f"{out}/x"], "classes.txt")) != job.classes:
+        raise UserError(f"{out}/classes.txt lists other classes ({len(known)}, here {len(job.classes)}): give another folder")
+    number = 0
+    with new_shards(out, split) as following:
+        for made in tqdm(records, "converting", unit="document" if documents else "image", leave=False, disable=None):
+            if not made or documents and len(made) == 1:
+                dropped["document without an image"] += made is not None
+                continue
+            if number % per_shard == 0:
+                tar = following()
+            key, fields = f"{number:09d}", made.pop("json")
+            for entry in fields.get("image_info", ()):
+                entry["image_name"] = f"{key}.{entry['image_name']}"
+            if documents and "images" in fields:
+                fields["images"] = [name and f"{key}.{name}" for name in fields["images"]]
+            if fields:
+                add(tar, f"{key}.json", json.dumps(fields).encode())
+            for suffix, value in made.items():
+                if isinstance(value, str):
+                    with open(value, "rb") as f:
+                        value = f.read()
+                add(tar, f"{key}.{suffix}", value)
+            number += 1
+        for name, lines in (("classes", job.classes), (f"missing-{split}", job.missing)):
+            if lines and number:
+                with open(f"{out}/{name}.txt", "w", encoding="utf-8", errors="replace") as f:
+                    f.writelines(f"{line}\n" for line in lines)
+    if job.missing:
+        dropped[f"image not found in the folder (as jpg, png or webp, once): listed in {out}/missing-{split}.txt"] = len(job.missing)
+    print(f"{out}: {number} {'documents' if documents else 'images'}" + (f", {len(job.classes)} classes" if job.classes else "")
+          + "".join(f"\n  {n:6} dropped: {reason}" for reason, n in dropped.most_common() if n))
     if not number:
-        raise UserError(f"no document of {len(sources)} file(s) could be converted: is --from {layout} right?")
+        raise UserError(f"no {'document' if documents else 'image'} of {len(sources)} file(s) could be converted: is --from {layout} right?")
 
 
-def finish(tar, following=None):
-    """A shard gets its name when it is complete."""
-    if tar:
-        tar.close()
-        os.replace(tar.name, tar.name.removesuffix(".part"))
-    return following
+# ---- filter: ALIGN's rules (paper s3) ----
+
+WORD = re.compile(r"\w+(?:['’-]\w+)*")     # ours, in lower case: the paper does not say how it cuts a text into unigrams
 
 
-def add(tar, name, raw):
-    info = tarfile.TarInfo(name)                             # mtime, uid, gid are 0, so bytes repeat
-    info.size = len(raw)
-    tar.addfile(info, io.BytesIO(raw))
+def grams(text):
+    """Unigrams, and these with the bigrams."""
+    words = WORD.findall(text.lower())
+    return words, words + [f"{a} {b}" for a, b in zip(words, words[1:])]
+
+
+def difference_hash(image):
+    """64 bits: is a pixel of the grey 9 x 8 image brighter than its right neighbour. Resized, recompressed or slightly noisy copies differ in few."""
+    grey = np.asarray(image.convert("L").resize((9, 8), Image.LANCZOS))            # smoother filters take more strangers for copies
+    return np.packbits(grey[:, :-1] > grey[:, 1:]).view(np.uint64)[0]
+
+
+def measure(path, rows, texts=True):
+    """What the rules need of each sample of a shard: (texts, shorter side, longer side, digest of the image's bytes, difference hash), or the reason
+    for which it cannot be used. The sides are those of the original where img2dataset's fields tell them, as shards hold resized images."""
+    found = []
+    with open(path, "rb") as f:
+        for _, offset, span in rows:
+            f.seek(offset)
+            try:
+                sample = Sample(*unpack(f.read(span)))
+                code = difference_hash(sample.image(near=128))
+                raw = next(sample.members[s] for s in IMAGES if s in sample.members)
+                sides = [sample.json.get(f"original_{side}") for side in ("width", "height")]
+                if not all(isinstance(side, int) and side > 0 for side in sides):
+                    sides = Image.open(io.BytesIO(raw)).size
+                found.append((sample.captions() if texts else [], *sorted(sides), hashlib.sha256(raw).digest()[:16], code))
+            except Skip as reason:
+                found.append(str(reason))
+    return found
+
+
+def measured(paths, label, **how):
+    """The index of these shards, and measure() of each sample."""
+    index = Index(paths)
+    rows = [index.rows[a:b].tolist() for a, b in zip(index.starts, index.starts[1:])]
+    return index, [*itertools.chain(*spread(functools.partial(measure, **how), index.paths, rows, label=label, least=50))]
+
+
+def filter_pairs(paths, out, against=(), split="train", min_side=200, max_ratio=3.0, max_texts=1000, max_images=10, min_words=3, max_words=20,
+                 most_frequent=100_000_000, distance=4):
+    """Samples that pass ALIGN's rules -> <split>-*.tar in `out`, member by member as they are; only a list of captions of which some fail is written
+    anew. Prints what each rule dropped. Raises UserError if nothing is left.
+
+    Order (ours): I2, I3, I5 on each sample, then I4 and T1 counted on what is left, T2 on all texts as read; each is counted where it fails first.
+    """
+    with new_shards(out, split) as following:
+        known = measured(against, "hashing", texts=False)[1] if against else []
+        hashes = np.array([s[-1] for s in known if not isinstance(s, str)], np.uint64)
+        index, samples = measured(paths, "measuring")
+        rules = {"I2": f"images whose shorter side is at most {min_side} px", "I3": f"images whose sides are in a ratio of {max_ratio:g} or more",
+                 "I5": f"images within {distance} bits of one of {len(hashes)} evaluation images, by difference hash (ours)",
+                 "I4": f"images with more than {max_texts} texts", "T1": f"texts of more than {max_images} images",
+                 "T2": f"texts with a token outside the {most_frequent} most frequent unigrams and bigrams",
+                 "T3": f"texts of less than {min_words} or more than {max_words} unigrams", "left": "samples without a text left"}
+
+        def image_rule(_, short, long, digest, code):
+            return ("I2" if short <= min_side else "I3" if long >= max_ratio * short
+                    else "I5" if len(hashes) and np.bitwise_count(hashes ^ code).min() <= distance else None)
+        reasons = [s if isinstance(s, str) else image_rule(*s) for s in samples]
+        pairs = {(s[3], text) for s, reason in zip(samples, reasons) if not reason for text in s[0]}
+        texts_of, images_of = (collections.Counter(pair[i] for pair in pairs) for i in (0, 1))
+        every, frequent = [text for s in samples if not isinstance(s, str) for text in s[0]], None
+        if sum(len(grams(text)[1]) for text in every) > most_frequent:     # else all are frequent, and no table is needed
+            counts = collections.Counter(gram for text in every for gram in grams(text)[1])
+            frequent = set(heapq.nsmallest(most_frequent, counts, key=lambda gram: (-counts[gram], gram)))
+
+        def text_rule(text):
+            words, both = grams(text)
+            return ("T1" if images_of[text] > max_images else "T2" if frequent is not None and not frequent.issuperset(both)
+                    else "T3" if not min_words <= len(words) <= max_words else None)
+        kept, dropped, shard = 0, collections.Counter(), None
+        for i, (s, reason) in enumerate(zip(samples, reasons)):
+            reason = reason or ("I4" if texts_of[s[3]] > max_texts else None)
+            failed = [] if reason else [text_rule(text) for text in s[0]]
+            dropped.update(filter(None, failed))
+            if reason or all(failed):
+                dropped[reason or "left"] += 1
+                continue
+            if shard != index.rows[i]["shard"]:              # ours hold what is left of one each
+                shard, tar = index.rows[i]["shard"], following()
+            kept, sample = kept + 1, index[i]
+            if any(failed):
+                left = {**sample.json, "caption": [text for text, f in zip(s[0], failed) if not f]}
+                sample.members["json"] = json.dumps(left).encode()
+            for suffix, raw in sample.members.items():
+                add(tar, f"{sample.key}.{suffix}", raw)
+    print(f"{out}: {kept} of {len(index)} samples kept; dropped:", *(f"{dropped.pop(rule, 0):8} {rule}: {what}" for rule, what in rules.items()),
+          *(f"{n:8} {reason}" for reason, n in dropped.items()), "I1 is not applied: the paper does not name its detector",
+          *[f"{len(known) - len(hashes)} evaluation images could not be read"] * (len(known) > len(hashes)), sep="\n")
+    if not kept:
+        raise UserError(f"none of {len(index)} samples is left: the report above says by which rule, a flag sets each threshold")
+
+
+# ---- bench ----
+
+def view(sample, rng, near, size):
+    return {"image": squash(sample.image(near), size, rng)}
+
+
+def bench(paths, image_size=224, workers=(0, 1, os.cpu_count()), images=2000, repeats=3):
+    """Images a second of the Loader, with ALIGN's view, beside Pillow alone, which decodes and resizes the same bytes in one process: medians of
+    repeats that are taken in turn."""
+    index = Index(paths)
+    batch, near = max(1, min(64, images // 8, len(index) // 8)), round(image_size * 346 / 289)
+    plan, steps, raws, speed = Plan(index.starts, batch, 0, 16), min(images, len(index)) // batch, [], collections.defaultdict(list)
+    for p in range(steps * batch):
+        with contextlib.suppress(Skip, StopIteration):
+            members = index[plan.sample(0, p)].members
+            raws.append(next(members[s] for s in IMAGES if s in members))
+    if len(raws) < 2 * batch or repeats < 1 or image_size < 1 or min(workers) < 0:
+        raise UserError(f"{len(raws)} images to {image_size} px with --repeats {repeats}, --workers {min(workers)}: too few to time anything")
+
+    def alone():
+        for i, raw in enumerate(raws):
+            with contextlib.suppress(Exception):             # what cannot be decoded the Loader passes over as well
+                image = Image.open(io.BytesIO(raw))
+                image.draft("RGB", (near, near))
+                np.asarray(image.convert("RGB").resize((image_size, image_size), Image.BILINEAR))
+            if (i + 1) % batch == 0:
+                yield
+
+    def loaded(workers):
+        batches = Batches([Rows(index, plan, functools.partial(view, near=near, size=image_size))], batch)
+        loader = Loader(batches, 0, SimpleNamespace(workers=workers, steps=steps), torch.device("cpu"))
+        for _ in range(steps):
+            yield next(loader)
+        loader.close()
+    for _ in range(repeats):
+        for n in (None, *workers):
+            ends = [time.perf_counter() for _ in (alone() if n is None else loaded(n))][min(n or 0, steps - 2):]     # not the workers' start
+            speed[n].append((len(ends) - 1) * batch / (ends[-1] - ends[0]))
+    print(f"{steps * batch} images to {image_size} px, median of {repeats}")
+    for n, rates in speed.items():
+        ratio = statistics.median(rates) / statistics.median(speed[None])
+        print(f"{'Pillow alone' if n is None else f'--workers {n}':>14} {statistics.median(rates):9.0f} images/s {ratio:6.2f} x Pillow alone")
 
 
 # ---- command line ----
@@ -1045,8 +1410,7 @@ def check(paths):
                 pictures = [sample]
                 if "cls" in sample.members:
                     sample.label()
-                if "txt" in sample.members or "caption" in sample.json or not (
-                        {"label", "segments", "qa"} & sample.json.keys() or {"cls", "seg.png"} & sample.members.keys()):
+                if (given := {*sample.members, *sample.json}) & {"txt", "caption"} or not given & {"cls", "label", "segments", "boxes", "qa", "seg.png"}:
                     sample.captions()
             for picture in pictures:
                 picture.image()
@@ -1069,39 +1433,56 @@ def check(paths):
 
 def main(argv=None):
     parser = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    tasks = parser.add_subparsers(dest="task", required=True, metavar="make|index|check|vocab|convert")
+    tasks = parser.add_subparsers(dest="task", required=True, metavar="make|index|check|vocab|filter|convert|bench")
     for name, note in (("index", "locate the samples of shards, and say what is odd about the archives"),
-                       ("check", "read every sample; exit 1 if any cannot be used"), ("vocab", "train a vocabulary on captions")):
-        tasks.add_parser(name, help=note).add_argument("shards", nargs="+")
-    tasks.choices["vocab"].add_argument("--size", type=int, default=32_000, help="number of ids")
-    tasks.choices["vocab"].add_argument("--out", default="vocab.json")
-    make = tasks.add_parser("make", help="write the built-in world")
-    for name, default in (("root", "runs"), ("scenes", 20000), ("documents", 4000), ("seed", 0), ("noise", 0.0)):
-        make.add_argument(f"--{name}", type=type(default), default=default, help=f"[{default}]")
+                       ("check", "read every sample; exit 1 if any cannot be used"), ("vocab", "train a vocabulary on captions"),
+                       ("filter", "drop what ALIGN's rules drop, with the paper's thresholds"),
+                       ("bench", "speed of the loader beside the bare decoding of the same bytes")):
+        tasks.add_parser(name, help=note, allow_abbrev=False).add_argument("shards", nargs="+")
+    make, rules = tasks.add_parser("make", help="write the built-in world", allow_abbrev=False), tasks.choices["filter"]
     make.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    other = tasks.add_parser("convert", help="write documents of another layout as shards")
-    other.add_argument("sources", nargs="+", metavar="FILE", help=".jsonl or .jsonl.zip")
+    rules.add_argument("--out", required=True)
+    rules.add_argument("--against", nargs="+", default=[], metavar="SHARDS", help="evaluation sets, whose near-duplicates are dropped")
+    rules.add_argument("--split", choices=SPLITS, default="train", help="the name of the shards [train]")
+    tasks.choices["bench"].add_argument("--workers", type=int, nargs="+", default=[0, 1, os.cpu_count()], help=f"[0 1 {os.cpu_count()}]")
+    for name, default, note in (("make root", "runs", ""), ("make scenes", 20000, ""), ("make documents", 4000, ""), ("make seed", 0, ""),
+                                ("make noise", 0.0, ""), ("vocab size", 32_000, "number of ids"), ("vocab out", "vocab.json", ""),
+                                ("bench image-size", 224, ""), ("bench images", 2000, ""), ("bench repeats", 3, ""),
+                                ("filter min-side", 200, "I2: shorter sides are above this, in pixels"),
+                                ("filter max-ratio", 3.0, "I3: longer / shorter side is below this"), ("filter distance", 4, "I5: bits of 64, ours"),
+                                ("filter max-texts", 1000, "I4: of an image"), ("filter max-images", 10, "T1: of a text"),
+                                ("filter most-frequent", 100_000_000, "T2: this many unigrams and bigrams are not rare"),
+                                ("filter min-words", 3, "T3"), ("filter max-words", 20, "T3")):
+        task, name = name.split()
+        tasks.choices[task].add_argument(f"--{name}", type=type(default), default=default, help=f"{note} [{default}]".strip())
+    other = tasks.add_parser("convert", help="write another layout as shards", allow_abbrev=False)
+    other.add_argument("sources", nargs="+", metavar="FILE", help="mmc4, obelics: .jsonl or .jsonl.zip; flamingo: .tar; captions, instances, vqa: "
+                       ".json; flickr30k: its text file; ade20k: the folder of the masks; folder: the folder of the class folders")
     other.add_argument("--from", dest="layout", choices=LAYOUTS, required=True)
-    other.add_argument("--images", required=True, help="folder of the images, searched with its sub-folders")
+    other.add_argument("--images", help="folder of the images, searched with its sub-folders; not for flamingo and folder")
+    other.add_argument("--annotations", nargs="+", default=(), metavar="FILE", help="vqa: the files of the answers")
     other.add_argument("--map", dest="url_map", help="JSON file {url: file name}, where documents name images by URL")
+    other.add_argument("--split", choices=SPLITS, default="train", help="the shards' name, and the part of Karpathy's files that is taken [train]")
+    other.add_argument("--per-shard", type=int, default=1000, help="samples in a shard [1000]")
     other.add_argument("--out", required=True)
     args = vars(parser.parse_args(argv))
-    task = args.pop("task")
+    task, paths = args.pop("task"), expand(args.pop("shards", []))
     if task == "make":
         print(make_world(**args))
-        return
-    if task == "convert":
+    elif task == "convert":
         convert(**args)
-        return
-    paths = expand(args["shards"])
-    if task == "check":
+    elif task == "filter":
+        filter_pairs(paths, against=expand(args.pop("against"), "test"), **args)
+    elif task == "bench":
+        bench(paths, **args)
+    elif task == "check":
         sys.exit(int(check(paths)))
-    index = Index(paths)
-    if task == "vocab":
-        tokenizer = Tokenizer.train(first_captions(index), args["size"])
+    elif task == "vocab":
+        tokenizer = Tokenizer.train(first_captions(Index(paths)), args["size"])
         tokenizer.save(args["out"])
         print(f"{args['out']}: {tokenizer.vocab_size} ids")
     else:
+        index = Index(paths)
         print("\n".join([index.summary(), *index.oddities()]))
 
 
