@@ -1410,7 +1410,8 @@ def check(paths):
                 pictures = [sample]
                 if "cls" in sample.members:
                     sample.label()
-                if (given := {*sample.members, *sample.json}) & {"txt", "caption"} or not given & {"cls", "label", "segments", "boxes", "qa", "seg.png"}:
+                given = {*sample.members, *sample.json}
+                if given & {"txt", "caption"} or not given & {"cls", "label", "segments", "boxes", "qa", "seg.png"}:
                     sample.captions()
             for picture in pictures:
                 picture.image()
