@@ -412,12 +412,13 @@ def view_of(model):
     return (lambda image: data.squash(image, size, full=model.resize)) if hasattr(model, "resize") else lambda image: data.centre(image, size)
 
 
-def share_of(index):
-    return range(rank() * len(index) // world(), (rank() + 1) * len(index) // world())
+def share_of(n):
+    """This rank's part of n things."""
+    return range(rank() * n // world(), (rank() + 1) * n // world())
 
 
 def decoded(index, numbers, wanted, model):
-    """[(uint8 image (3, S, S), wanted(sample), its number), or the reason why there is none], in order."""
+    """[(uint8 image (3, S, S), wanted(sample), its number)] in order, and the reasons why some have none."""
     view = view_of(model)
 
     def one(i):
@@ -427,18 +428,23 @@ def decoded(index, numbers, wanted, model):
         except data.Skip as reason:
             return str(reason)
     with ThreadPoolExecutor(os.cpu_count()) as pool:         # Pillow lets go of the interpreter while it decodes
-        return list(pool.map(one, numbers))
+        rows = list(pool.map(one, numbers))
+    return [r for r in rows if not isinstance(r, str)], [r for r in rows if isinstance(r, str)]
+
+
+def tell(lost, n):
+    """Say how many of n samples could not be used, and why."""
+    if lost:
+        print(f"warning: {len(lost)} of {n} samples left out of the evaluation: {', '.join(sorted(set(lost)))}", file=sys.stderr)
 
 
 def read(index, wanted, model):
     """This rank's share of an index -> uint8 images (n, 3, S, S), wanted(sample) of each, their sample numbers. Unusable samples are
     left out and counted aloud."""
-    size, rows = model.vision.grid * model.vision.patch, decoded(index, share_of(index), wanted, model)
-    lost, rows = [r for r in rows if isinstance(r, str)], [r for r in rows if not isinstance(r, str)]
+    size, (rows, lost) = model.vision.grid * model.vision.patch, decoded(index, share_of(len(index)), wanted, model)
     if not sum(common.all_gather(torch.tensor([len(rows)])).tolist()):
         raise UserError(f"none of the {len(index)} samples of {index.paths[0]} ... can be evaluated: {', '.join(sorted(set(lost)))}")
-    if lost:
-        print(f"warning: {len(lost)} of {len(rows) + len(lost)} samples left out of the evaluation: {', '.join(sorted(set(lost)))}", file=sys.stderr)
+    tell(lost, len(rows) + len(lost))
     images, extras, ids = zip(*rows) if rows else ((), (), ())
     return torch.from_numpy(np.array(images, np.uint8).reshape(-1, 3, size, size)), list(extras), torch.tensor(ids, dtype=torch.long)
 
@@ -463,42 +469,93 @@ def encode_texts(model, tokenizer, texts, cfg, device):
     return in_batches(model.encode_text, cfg, device, *tokenize(tokenizer, texts, cfg))
 
 
-def embed_pairs(model, tokenizer, index, cfg, device):
+class Store:
+    """Features of one checkpoint, each kind of each index computed once: kept in memory and, where a folder is given, in files there that a later
+    call reads. Their names hold the hashes of checkpoint and index, so only a change of this code leaves them stale."""
+    def __init__(self, folder=None, digest=""):
+        self.folder, self.digest, self.found = folder, digest, {}
+
+    def __call__(self, kind, index, make):
+        name = f"{kind}-{self.digest}-{os.path.basename(index.file)[:12]}.pt"
+        path = os.path.join(self.folder, name) if self.folder else ""
+        if name not in self.found and os.path.exists(path):  # on all ranks or on none: rank 0 writes it when all have given their part
+            self.found[name] = torch.load(path, weights_only=True, mmap=True)
+        elif name not in self.found:
+            self.found[name] = make()
+            if path and rank() == 0:
+                try:
+                    torch.save(self.found[name], path + ".tmp")
+                    os.replace(path + ".tmp", path)
+                except (OSError, RuntimeError) as error:     # torch's word for a folder that may not be written
+                    print(f"warning: features are not kept in {path} ({str(error).partition(chr(10))[0]})", file=sys.stderr)
+        return self.found[name]
+
+
+# What is computed of images: the joint embedding, and what a frozen encoder gives to a probe.
+KINDS = {"images": lambda model: model.encode_image, "pooled": lambda model: lambda x: model.vision.patch_tokens(x).mean(1)}
+
+
+def class_or_none(sample):
+    with contextlib.suppress(data.Skip):
+        return sample.label()
+    return -1
+
+
+def embed(kind, model, index, cfg, device, store=None, block=2048):
+    """Shards of any size -> features of one of KINDS (I, ...), class (I,), -1 = none, and sample number (I,) of every readable image. The
+    others are counted aloud."""
+    def make():
+        fn, size, share = KINDS[kind](model), model.vision.grid * model.vision.patch, share_of(len(index))
+        features, classes, numbers, lost = [in_batches(fn, cfg, device, torch.zeros(0, 3, size, size, dtype=torch.uint8))], [], [], []
+        for start in tqdm(range(share.start, share.stop, block), "embedding", unit=f"{block} images", leave=False, disable=rank() > 0 or None):
+            rows, without = decoded(index, range(start, min(start + block, share.stop)), class_or_none, model)
+            lost += without
+            if rows:
+                images, labels, ids = zip(*rows)
+                features.append(in_batches(fn, cfg, device, torch.from_numpy(np.stack(images))))
+                classes, numbers = classes + list(labels), numbers + list(ids)
+        tell(lost, len(share))
+        return collect(torch.cat(features)), *(collect(torch.tensor(x, dtype=torch.long)) for x in (classes, numbers))
+    found = (store or Store())(kind, index, make)
+    if not len(found[0]):
+        raise UserError(f"none of the {len(index)} samples of {index.paths[0]} ... has a readable image")
+    return found
+
+
+def embed_labelled(kind, model, paths, cfg, device, store=None):
+    """Features and labels (I,) of the images that have a class."""
+    index = rank0_first(lambda: data.Index(paths))
+    features, labels, _ = embed(kind, model, index, cfg, device, store)
+    if (labels < 0).all():
+        raise UserError(f"none of the {len(index)} samples of {index.paths[0]} ... can be evaluated: no class")
+    if rank() == 0:
+        tell(["no class"] * int((labels < 0).sum()), len(labels))
+    return (features, labels) if (labels >= 0).all() else (features[labels >= 0], labels[labels >= 0])
+
+
+def embed_pairs(model, tokenizer, index, cfg, device, store=None):
     """Captioned shards -> images (I, E), texts (T, E), owner (T,) = each text's image, ids (I,) = sample numbers in the index."""
-    images, captions, ids = read(index, lambda s: s.captions(lines=True), model)
-    image = in_batches(model.encode_image, cfg, device, images)
-    text = encode_texts(model, tokenizer, [c for cs in captions for c in cs], cfg, device)
-    before = sum(common.all_gather(torch.tensor([len(image)])).tolist()[:rank()])
-    owner = before + torch.repeat_interleave(torch.arange(len(captions)), torch.tensor([len(c) for c in captions], dtype=torch.long))
-    return tuple(map(collect, (image, text, owner, ids)))
+    image, _, ids = embed("images", model, index, cfg, device, store)
 
-
-def pooled(model, index, cfg, device):
-    """Labelled shards -> mean patch tokens after the final norm (I, D) and labels (I,)."""
-    images, labels, _ = read(index, lambda s: s.label(), model)
-    tokens = lambda x: model.vision(x)[:, model.vision.cls_token is not None:].mean(1)
-    return collect(in_batches(tokens, cfg, device, images)), collect(torch.tensor(labels, dtype=torch.long))
+    def make():
+        captions = []
+        for i in ids[share_of(len(ids))].tolist():
+            try:
+                captions.append(index[i].captions(lines=True))
+            except data.Skip:
+                captions.append([])
+        counts = collect(torch.tensor([len(c) for c in captions], dtype=torch.long))
+        if not counts.any():
+            raise UserError(f"none of the {len(index)} samples of {index.paths[0]} ... can be evaluated: no caption")
+        return collect(encode_texts(model, tokenizer, [c for cs in captions for c in cs], cfg, device)), counts
+    text, counts = (store or Store())("texts", index, make)
+    if rank() == 0:
+        tell(["no caption"] * int((counts == 0).sum()), len(counts))
+    has = counts > 0
+    return image[has], text, torch.repeat_interleave(torch.arange(int(has.sum())), counts[has]), ids[has]
 
 
 # ---- search ----
-
-def embed_images(model, index, cfg, device, cache, block=2048):
-    """Shards of any size -> images (I, E) unit and their sample numbers (I,); kept in the file `cache`, which the next call reads instead."""
-    if not os.path.exists(cache):
-        size, numbers, share = model.vision.grid * model.vision.patch, [], share_of(index)
-        features = [in_batches(model.encode_image, cfg, device, torch.zeros(0, 3, size, size, dtype=torch.uint8))]       # tells the width
-        for start in tqdm(range(share.start, share.stop, block), "embedding", unit=f"{block} images", leave=False, disable=rank() > 0 or None):
-            rows = [r for r in decoded(index, range(start, min(start + block, share.stop)), lambda s: None, model) if not isinstance(r, str)]
-            if rows:
-                features.append(in_batches(model.encode_image, cfg, device, torch.from_numpy(np.stack([r[0] for r in rows]))))
-                numbers += [r[2] for r in rows]
-        found = [collect(torch.cat(features)), collect(torch.tensor(numbers, dtype=torch.long))]
-        if rank() == 0:
-            torch.save(found, cache + ".tmp")
-            os.replace(cache + ".tmp", cache)
-        return found
-    return torch.load(cache, weights_only=True)
-
 
 def compose(image=None, text=None, minus=None, weights=(1, 2)):
     """Query (E,) of unit vectors (E,): weights[0] * image + weights[1] * (text - minus), made unit (ALIGN s7, footnote 4: 1 and 2)."""
@@ -507,7 +564,7 @@ def compose(image=None, text=None, minus=None, weights=(1, 2)):
     return F.normalize(sum(parts), dim=0)
 
 
-def search(model, tokenizer, cfg, device, index, cache, out, text=None, image=None, minus=None, weights=(1, 2), k=20):
+def search(model, tokenizer, cfg, device, index, store, out, text=None, image=None, minus=None, weights=(1, 2), k=20):
     """The k images of an index nearest to a text, an image file, or both: out/search.png, and [(score, key)], best first."""
     def words_of(query):
         return encode_texts(model, tokenizer, [query], cfg, device)[0] if query else None
@@ -518,9 +575,7 @@ def search(model, tokenizer, cfg, device, index, cache, out, text=None, image=No
                 picture = data.Sample(image, {"jpg": file.read()}).image()
         except (OSError, data.Skip) as error:
             raise UserError(f"--image {image} cannot be read ({error}): give a JPEG, PNG or WebP file") from None
-    features, numbers = embed_images(model, index, cfg, device, cache)
-    if not len(features):
-        raise UserError(f"none of the {len(index)} samples of {index.paths[0]} ... has a readable image")
+    features, _, numbers = embed("images", model, index, cfg, device, store)
     own = picture and in_batches(model.encode_image, cfg, device, torch.from_numpy(view_of(model)(picture))[None])[0]
     best = (features @ compose(own, words_of(text), words_of(minus), weights)).topk(min(k, len(features)))
     found = [(score, int(numbers[i])) for score, i in zip(best.values.tolist(), best.indices.tolist())]
@@ -543,21 +598,19 @@ def class_names(paths):
 
 
 def fitting(labels, names, paths):
-    """Labels of all ranks (I,); UserError where one has no name."""
-    labels = collect(torch.tensor(labels, dtype=torch.long))
+    """The labels (I,); UserError where one has no name."""
     if int(labels.max()) >= len(names):
         raise UserError(f"label {int(labels.max())} in {paths[0]}, but only {len(names)} class names beside it")
     return labels
 
 
-def zeroshot(model, tokenizer, paths, cfg, device):
+def zeroshot(model, tokenizer, paths, cfg, device, store=None):
     """Prompt ensembling (formats of CLIP_benchmark): templates x class names beside the shards. With unseen.txt there, classes that never
     occurred in training are scored apart; every image competes among all classes."""
     names = class_names(paths)
     templates = data.beside(paths, "zeroshot_classification_templates.txt") or ["a photo of a {c}."]
-    index = rank0_first(lambda: data.Index(paths))
-    images, labels, _ = read(index, lambda s: s.label(), model)
-    image, labels = collect(in_batches(model.encode_image, cfg, device, images)), fitting(labels, names, paths)
+    image, labels = embed_labelled("images", model, paths, cfg, device, store)
+    labels = fitting(labels, names, paths)
     prompts = [t.replace("{c}", n).replace("{}", n) for n in names for t in templates]
     classes = prompt_ensemble(encode_texts(model, tokenizer, prompts, cfg, device).view(len(names), len(templates), -1))
     scores = image @ classes.T
@@ -567,36 +620,43 @@ def zeroshot(model, tokenizer, paths, cfg, device):
                     for suffix, rows in groups.items() if len(names) > 5]
 
 
-def retrieval(model, tokenizer, paths, cfg, device):
+def retrieval(model, tokenizer, paths, cfg, device, store=None):
     """Recall at 1, 5, 10 both ways over all captions of all images."""
-    image, text, owner, _ = embed_pairs(model, tokenizer, rank0_first(lambda: data.Index(paths)), cfg, device)
+    image, text, owner, _ = embed_pairs(model, tokenizer, rank0_first(lambda: data.Index(paths)), cfg, device, store)
     recall = recall_at_k(text @ image.T, owner)
     return [(f"{way}_r{k}", v, len(image) if way == "i2t" else len(text)) for way, at in recall.items() for k, v in at.items()]
 
 
-def frozen(paths, model, cfg, device):
-    """Pooled encoder tokens and labels of the training shards beside the held-out ones, and of these."""
+def frozen(kind, model, paths, cfg, device, store=None):
+    """Features and labels of the training shards beside the held-out ones, and those of the held-out images whose class is among them: no other
+    has a right answer there."""
     bank = bank_of(paths)
     if not bank:
         raise UserError(f"kNN and a linear probe need labelled training shards: none in the folder of {paths[0]}")
-    return [pooled(model, rank0_first(lambda p=p: data.Index(p)), cfg, device) for p in (bank, paths)]
-
-
-def nearest(model, tokenizer, paths, cfg, device):
-    """Weighted k-nearest-neighbour accuracy (DINO, k = 20) of pooled encoder tokens; the bank is the train part beside the held-out one."""
-    (train, train_labels), (test, labels) = frozen(paths, model, cfg, device)
-    known = torch.isin(labels, train_labels)                 # an image whose class is not in the bank has no right neighbour
-    return [("knn", float((knn(train, train_labels, test[known], min(20, len(train))) == labels[known]).double().mean()), int(known.sum()))]
-
-
-def linear(model, tokenizer, paths, cfg, device):
-    """Accuracy of CLIP's linear probe on pooled encoder tokens, trained on the train part beside the held-out one."""
-    (train, train_labels), (test, labels) = frozen(paths, model, cfg, device)
+    (train, train_labels), (test, labels) = (embed_labelled(kind, model, p, cfg, device, store) for p in (bank, paths))
     known = torch.isin(labels, train_labels)
-    return [("linear", float((linear_probe(train, train_labels, test[known]) == labels[known]).double().mean()), int(known.sum()))]
+    if not known.any():
+        raise UserError(f"no image of {paths[0]} ... has a class that one of {bank[0]} ... has")
+    return train, train_labels, test[known], labels[known]
 
 
-def caption(model, tokenizer, paths, cfg, device):
+def share_right(name, pred, labels):
+    return [(name, float((pred == labels).double().mean()), len(labels))]
+
+
+def nearest(model, tokenizer, paths, cfg, device, store=None):
+    """Weighted k-nearest-neighbour accuracy (DINO, k = 20) of pooled encoder tokens; the bank is the train part beside the held-out one."""
+    train, train_labels, test, labels = frozen("pooled", model, paths, cfg, device, store)
+    return share_right("knn", knn(train, train_labels, test, min(20, len(train))), labels)
+
+
+def linear(model, tokenizer, paths, cfg, device, store=None):
+    """Accuracy of CLIP's linear probe on pooled encoder tokens, trained on the train part beside the held-out one."""
+    train, train_labels, test, labels = frozen("pooled", model, paths, cfg, device, store)
+    return share_right("linear", linear_probe(train, train_labels, test), labels)
+
+
+def caption(model, tokenizer, paths, cfg, device, store=None):
     """Greedy captions. Captioned shards: BLEU-4 and CIDEr (simple tokens) against all references, and the mean cost of a reference's token given
     its own and given another image. Labelled shards with class names: share of captions in which the name of the class stands."""
     index = rank0_first(lambda: data.Index(paths))
@@ -605,7 +665,7 @@ def caption(model, tokenizer, paths, cfg, device):
     images, labels, numbers = read(index, lambda s: s.label() if labelled else s.captions(lines=True) and 0, model)
     texts = [tokenizer.decode(ids) for ids in collect(in_batches(model.generate, cfg, device, images).long()).tolist()]
     if labelled:
-        labels, plain = fitting(labels, names, paths), [f" {' '.join(words(n))} " for n in names]
+        labels, plain = fitting(collect(torch.tensor(labels, dtype=torch.long)), names, paths), [f" {' '.join(words(n))} " for n in names]
         named = torch.tensor([plain[c] in f" {' '.join(words(t))} " for t, c in zip(texts, labels)])
         groups = seen_and_unseen(paths, names, labels)
         return [(f"named{suffix}", named[rows].double().mean().item(), int(rows.sum())) for suffix, rows in groups.items()]
@@ -664,7 +724,7 @@ def tasks_for(paths):
 def held_out(cfg):
     """Pairs to draw pictures from: the first captioned --val, else training shards -> (Index, what they are)."""
     paths = next((p for p in (data.expand(v, "test") for v in cfg.val or ()) if "retrieval" in tasks_for(p)), None)
-    return rank0_first(lambda: data.Index(paths or data.expand(cfg.data or cfg.labels)[:1])), f"{'held-out pairs' if paths else 'training images'}"
+    return rank0_first(lambda: data.Index(paths or data.expand(cfg.data or cfg.labels)[:1])), "held-out pairs" if paths else "training images"
 
 
 def table(rows):
@@ -679,12 +739,12 @@ def evaluate(model, tokenizer, cfg, device):
     if not cfg.val:
         print0("no --val: nothing held out to evaluate on")
         return {}
-    rows = []
+    rows, store = [], Store()
     for pattern in cfg.val:
         paths = data.expand(pattern, "test")
         for task in tasks_for(paths):
             if able(model, task):
-                rows += TASKS[task](model, tokenizer, paths, cfg, device)
+                rows += TASKS[task](model, tokenizer, paths, cfg, device, store)
     print0(f"held out:\n{table(rows)}")
     result = {name: value for name, value, _ in rows}
     write(result, cfg)
@@ -719,40 +779,18 @@ def load(path, device="cpu"):
     return model.to(device).eval(), data.Tokenizer.loads(state["vocab"]), cfg, digest
 
 
-def main(argv=None):
-    parser = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("task", choices=[*TASKS, "search"])
-    parser.add_argument("checkpoint", nargs="+")
-    parser.add_argument("--data", nargs="+", help="held-out shards; none = the built-in world's")
-    parser.add_argument("--out", help="folder: result lines are added to eval.jsonl there; search writes its picture there [runs/search]")
-    parser.add_argument("--text", help="search: what the images should show")
-    parser.add_argument("--image", help="search: a picture file, alone or together with --text")
-    parser.add_argument("--minus", help="search: what they should not show")
-    parser.add_argument("--weights", nargs=2, type=float, default=(1, 2), help="search: of image and text [1 2]")
-    parser.add_argument("--k", type=int, default=20, help="search: how many images [20]")
-    args = parser.parse_args(argv)
-    if args.task == "search" and not (args.text or args.image):
-        raise UserError("search needs --text, --image, or both")
-    if args.task != "search" and (args.text or args.image or args.minus):
-        raise UserError(f"--text, --image and --minus belong to search, not to {args.task}")
-    device = common.join()
-    patterns = args.data
-    if not patterns:
-        folder = rank0_first(data.make_world)
-        patterns = [f"{folder}/{'pairs' if args.task in ('retrieval', 'caption', 'search') else 'labels'}"]
-    paths = data.expand(patterns, "test")
+def held_out_shards(args, part):
+    """--data, or that part of the built-in world -> patterns, files."""
+    patterns = args.data or [f"{rank0_first(data.make_world)}/{part}"]
+    return patterns, data.expand(patterns, "test")
+
+
+def measure(args, device):
+    """One protocol on each checkpoint: a JSON line for each result, then a table."""
+    patterns, paths = held_out_shards(args, "pairs" if args.task in ("retrieval", "caption") else "labels")
     for checkpoint in args.checkpoint:
-        model, tokenizer, cfg, digest = load(checkpoint, device)
-        if not able(model, args.task) or args.task == "search" and (args.text or args.minus) and not able(model, "retrieval"):
-            raise UserError(f"{checkpoint} is a {type(model).__name__}: it can do {', '.join(t for t in TASKS if able(model, t))}")
-        if args.task == "search":
-            index = rank0_first(lambda: data.Index(paths))
-            cache = os.path.join(os.path.dirname(checkpoint), f"images-{digest}-{os.path.basename(index.file)[:8]}.pt")
-            query = dict(text=args.text, image=args.image, minus=args.minus, weights=args.weights, k=args.k)
-            found = search(model, tokenizer, cfg, device, index, cache, args.out or "runs/search", **query)
-            print0("\n".join(f"{score:7.3f}  {key}" for score, key in found))
-            continue
-        rows = TASKS[args.task](model, tokenizer, paths, cfg, device)
+        model, tokenizer, cfg, digest, store = opened(checkpoint, device, args.task)
+        rows = TASKS[args.task](model, tokenizer, paths, cfg, device, store)
         lines = [json.dumps({"metric": m, "value": v, "n": n, "protocol": args.task, "split": " ".join(patterns), "checkpoint": digest,
                              "seed": cfg.seed}) for m, v, n in rows]
         print0("\n".join([*lines, f"{checkpoint}, {args.task} on {' '.join(patterns)}:", table(rows)]))
@@ -760,6 +798,51 @@ def main(argv=None):
             os.makedirs(args.out, exist_ok=True)
             with open(os.path.join(args.out, "eval.jsonl"), "a") as f:
                 f.write("\n".join(lines) + "\n")
+
+
+def find(args, device):
+    """The search of each checkpoint."""
+    if not (args.text or args.image):
+        raise UserError("search needs --text, --image, or both")
+    _, paths = held_out_shards(args, "pairs")
+    index = rank0_first(lambda: data.Index(paths))
+    for checkpoint in args.checkpoint:
+        model, tokenizer, cfg, _, store = opened(checkpoint, device, "retrieval" if args.text or args.minus else None)
+        query = dict(text=args.text, image=args.image, minus=args.minus, weights=args.weights, k=args.k)
+        found = search(model, tokenizer, cfg, device, index, store, args.out or "runs/search", **query)
+        print0("\n".join(f"{score:7.3f}  {key}" for score, key in found))
+
+
+def opened(checkpoint, device, task=None):
+    """load(), and the store of its features, which is the checkpoint's folder. UserError if it cannot do the task."""
+    model, tokenizer, cfg, digest = load(checkpoint, device)
+    if task and not able(model, task):
+        raise UserError(f"{checkpoint} is a {type(model).__name__}: it can do {', '.join(t for t in TASKS if able(model, t))}")
+    return model, tokenizer, cfg, digest, Store(os.path.dirname(os.path.abspath(checkpoint)), digest)
+
+
+COMMANDS = {**dict.fromkeys(TASKS, measure), "search": find}
+FLAGS = {                                                    # flags of one command, which no other takes
+    "--text": ("search", dict(help="what the images should show")),
+    "--image": ("search", dict(help="a picture file, alone or together with --text")),
+    "--minus": ("search", dict(help="what they should not show")),
+    "--weights": ("search", dict(help="of image and text [1 2]", nargs=2, type=float, default=(1, 2))),
+    "--k": ("search", dict(help="how many images [20]", type=int, default=20))}
+
+
+def main(argv=None):
+    parser = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("task", choices=list(COMMANDS))
+    parser.add_argument("checkpoint", nargs="+")
+    parser.add_argument("--data", nargs="+", help="held-out shards; none = the built-in world's")
+    parser.add_argument("--out", help="folder: result lines are added to eval.jsonl there; search writes its picture there [runs/search]")
+    for flag, (owner, how) in FLAGS.items():
+        parser.add_argument(flag, **{**how, "help": f"{owner}: {how['help']}"})
+    args = parser.parse_args(argv)
+    for flag, (owner, how) in FLAGS.items():
+        if owner != args.task and getattr(args, flag[2:]) != how.get("default"):
+            raise UserError(f"{flag} belongs to {owner}, not to {args.task}")
+    COMMANDS[args.task](args, common.join())
 
 
 if __name__ == "__main__":

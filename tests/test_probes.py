@@ -175,9 +175,9 @@ def write(path, samples):                                    # [(colour, {suffix
 
 
 class Colours(nn.Module):                                    # tokens: the colours of the patches
-    grid, patch, cls_token = 2, 8, None
+    grid, patch = 2, 8
 
-    def forward(self, images):
+    def patch_tokens(self, images):
         return images.float().unfold(2, 8, 8).unfold(3, 8, 8).mean((4, 5)).flatten(2).transpose(1, 2)
 
 
@@ -246,6 +246,32 @@ def test_frozen_features_are_judged_on_classes_of_the_bank_only(tmp_path):
     test = [write(tmp_path / "l/test-0.tar", samples[:7] + [("red", {"cls": "1"}), ("green", {"cls": "2"})])]
     model = Captioner(None)
     assert E.linear(model, BYTES, test, CFG, CPU) == [("linear", 7 / 8, 8)] and E.nearest(model, BYTES, test, CFG, CPU) == [("knn", 7 / 8, 8)]
+
+
+def test_the_encoder_sees_each_image_once_however_many_probes_follow(tmp_path, monkeypatch):
+    samples = [("red", {"cls": "0"}), ("blue", {"cls": "1"})] * 10
+    write(tmp_path / "l/train-0.tar", samples)
+    test, seen, look = [write(tmp_path / "l/test-0.tar", samples[:7])], [], Colours.patch_tokens
+    monkeypatch.setattr(Colours, "patch_tokens", lambda self, images: seen.append(len(images)) or look(self, images))
+    for store in (E.Store(str(tmp_path), "a"), E.Store(str(tmp_path), "a")):                 # the second reads what the first left in its folder
+        for _ in range(2):
+            assert E.linear(Captioner(None), BYTES, test, CFG, CPU, store) == [("linear", 1, 7)]
+            assert E.nearest(Captioner(None), BYTES, test, CFG, CPU, store) == [("knn", 1, 7)]
+        assert sum(seen) == 27
+    E.nearest(Captioner(None), BYTES, test, CFG, CPU, E.Store(str(tmp_path), "b"))           # another checkpoint
+    assert sum(seen) == 54
+
+
+def test_images_that_cannot_be_read_and_samples_without_a_class_are_counted_aloud(tmp_path, capsys):
+    samples = [("red", {"cls": "0"}), ("blue", {"cls": "1"})] * 4
+    path = write(tmp_path / "l/test-0.tar", samples + [("red", {"txt": "no class"})])
+    raw = bytearray((tmp_path / "l/test-0.tar").read_bytes())
+    raw[512:700] = bytes(188)                                # the first sample's picture
+    (tmp_path / "l/test-0.tar").write_bytes(raw)
+    features, labels = E.embed_labelled("pooled", Captioner(None), [path], CFG, CPU)
+    assert labels.tolist() == [1, 0, 1, 0, 1, 0, 1] and len(features) == 7
+    said = capsys.readouterr().err
+    assert "1 of 9 samples left out of the evaluation: unreadable image" in said and "1 of 8 samples left out of the evaluation: no class" in said
 
 
 def test_shards_decide_on_the_tasks_and_models_on_what_is_run_of_them(tmp_path, monkeypatch):
