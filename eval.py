@@ -10,7 +10,7 @@ Every number is a fraction of the whole split. Several ranks share the work with
 
 Dimension key: I images, T texts, C classes, P prompts of a class, E joint embedding, D width.
 """
-import argparse, collections, colorsys, contextlib, functools, hashlib, importlib, json, math, operator, os, sys
+import argparse, collections, colorsys, contextlib, functools, hashlib, importlib, itertools, json, math, operator, os, re, sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -176,6 +176,112 @@ def cider(hyps, refs):                                       # hyps [str], refs 
             found.append(sum(cosine) / 4 * math.exp(-(h_length - r_length) ** 2 / 72))
         scores.append(10 * sum(found) / len(found))
     return sum(scores) / len(scores)
+
+
+def mean_iou(pred, target, classes, ignore=0):               # integer maps of one shape, or lists of such maps -> fraction, or None
+    """Mean over classes of intersection / union, each summed over the whole split (ADE20K's; formats 9.6). Pixels whose target is `ignore` count
+    nowhere; a class that is neither there nor predicted leaves the mean (the reference gives it 0). classes: number of indices, `ignore` included."""
+    counts = torch.zeros(classes ** 2, dtype=torch.long)     # row by target, column by prediction
+    for p, t in [(pred, target)] if isinstance(pred, torch.Tensor) else zip(pred, target, strict=True):
+        assert p.shape == t.shape, f"prediction {tuple(p.shape)} for a target of {tuple(t.shape)}"
+        p, t = p[t != ignore].long().cpu(), t[t != ignore].long().cpu()
+        for name, x in (("prediction", p), ("target", t)):
+            assert len(x) == 0 or 0 <= x.min() and x.max() < classes, f"{name} {x.min()} .. {x.max()} is not in 0 .. {classes - 1}"
+        counts += (classes * t + p).bincount(minlength=classes ** 2)
+    counts = counts.view(classes, classes)
+    both, union = counts.diag().double(), counts.sum(0) + counts.sum(1) - counts.diag()
+    there = (union > 0) & (torch.arange(classes) != ignore)
+    return (both[there] / union[there]).mean().item() if there.any() else None
+
+
+def overlaps(boxes, truths, crowd):                          # (D, 4), (G, 4) of x, y, width, height; crowd (G,) -> (D, G)
+    """Intersection over union; for a crowd, over the box alone."""
+    sides = np.minimum(boxes[:, None, :2] + boxes[:, None, 2:], truths[:, :2] + truths[:, 2:]) - np.maximum(boxes[:, None, :2], truths[:, :2])
+    common_area, area = sides.clip(0).prod(2), boxes[:, None, 2:].prod(2)
+    whole = np.where(crowd, area, area + truths[:, 2:].prod(1) - common_area)
+    return np.divide(common_area, whole, out=np.zeros_like(whole), where=whole > 0)
+
+
+IOUS, SIZES = np.linspace(0.5, 0.95, 10), np.array([(0, 1e10), (0, 32**2), (32**2, 96**2), (96**2, 1e10)])     # all, small, medium, large
+
+
+def match(found, real):
+    """COCO's greedy assignment in one image and class -> hits and detections that do not count (sizes, IoUs, D), normal truths of each size."""
+    boxes, truths = (np.array([x["bbox"] for x in xs], float).reshape(-1, 4) for xs in (found, real))
+    crowd = np.array([bool(x.get("iscrowd")) for x in real], bool)
+    outside, ignored = ((area < SIZES[:, :1]) | (area > SIZES[:, 1:]) for area in (                    # (sizes, D) and (sizes, G); borders belong
+        boxes[:, 2:].prod(1), np.array([x.get("area", x["bbox"][2] * x["bbox"][3]) for x in real], float)))        # to both sizes, as there
+    ignored, iou = ignored | crowd, overlaps(boxes, truths, crowd)
+    hits, void = np.zeros((4, 10, len(found)), bool), np.repeat(outside[:, None], 10, 1)
+    free = np.ones((4, 10, len(real)), bool)
+    for d in np.flatnonzero((iou >= 0.5).any(1)):            # the others match nothing
+        able = (iou[d] >= IOUS[:, None].clip(max=1 - 1e-10)) & (free | crowd)                          # (sizes, IoUs, G); a crowd is never used up
+        normal = able & ~ignored[:, None]
+        able = np.where(normal.any(2, keepdims=True), normal, able)
+        best = len(real) - 1 - np.where(able, iou[d], -1)[..., ::-1].argmax(2)                         # of equal ones the last, as there
+        taken, in_vain = able.any(2), np.take_along_axis(ignored, best, 1)
+        hits[..., d], void[..., d] = taken & ~in_vain, np.where(taken, in_vain, void[..., d])
+        free &= ~(taken[..., None] & (np.arange(len(real)) == best[..., None]))
+    return hits, void, (~ignored).sum(1)
+
+
+def average_precision(detections, truths):                   # COCO dicts -> {"AP", "AP50", "AP75", "S", "M", "L"}: fractions, or None
+    """Box AP as pycocotools counts it (formats 9.7): precision made non-increasing, read at 101 recalls, mean over classes and over IoUs of 0.5 to
+    0.95; S, M, L by area. detections {"image_id", "category_id", "bbox": [x, y, w, h], "score"}, at most the best 100 of an image and class;
+    truths the same without score, and maybe "iscrowd" and "area" (else w * h). None where there is nothing to find."""
+    groups, classes, table = collections.defaultdict(lambda: ([], [])), collections.defaultdict(list), []
+    for kind, rows in enumerate((detections, truths)):
+        for row in rows:
+            groups[row["category_id"], row["image_id"]][kind].append(row)
+    for (c, _), (found, real) in sorted(groups.items(), key=lambda item: item[0]):
+        found = sorted(found, key=lambda d: -d["score"])[:100]
+        classes[c].append((np.array([d["score"] for d in found], float), *match(found, real)))
+    for parts in classes.values():
+        scores, hits, void, real = zip(*parts)
+        order, real = (-np.concatenate(scores)).argsort(kind="stable"), sum(real)
+        hits, void = (np.concatenate(x, 2)[..., order] for x in (hits, void))
+        right, wrong = (hits & ~void).cumsum(2), (~hits & ~void).cumsum(2)
+        precision = np.maximum.accumulate((right / (right + wrong).clip(1))[..., ::-1], 2)[..., ::-1]
+        ap = np.full((4, 10), np.nan)
+        for a, t in itertools.product(np.flatnonzero(real), range(10)):
+            at = np.searchsorted(right[a, t] / real[a], np.linspace(0, 1, 101))
+            ap[a, t] = np.append(precision[a, t], 0)[at].mean()
+        table.append(ap)
+    table = np.array(table).reshape(-1, 4, 10)
+    rows = {"AP": table[:, 0], "AP50": table[:, 0, 0], "AP75": table[:, 0, 5], "S": table[:, 1], "M": table[:, 2], "L": table[:, 3]}
+    return {name: float(x[~np.isnan(x)].mean()) if (~np.isnan(x)).any() else None for name, x in rows.items()}
+
+
+NUMBERS = {"none": "0", **{word: str(n) for n, word in enumerate("zero one two three four five six seven eight nine ten".split())}}
+CONTRACTIONS = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd how'll
+how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've
+shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll that's
+there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's
+where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd
+you'd've you'll you're you've""".split()                     # the reference's: each restored from itself with any one apostrophe missing
+RESTORE = {w[:i] + w[i + 1:]: w for w in CONTRACTIONS for i, char in enumerate(w) if char == "'"} | {"somebody'd": "somebodyd"}
+
+
+def plain_answer(text):
+    """An answer as VQA's official evaluation compares it, its slips included (formats 9.9)."""
+    touched = re.search(r"\d,\d", text)
+    out = text
+    for mark in ';/[]"{}()=+\\_-><@`,?!':
+        out = out.replace(mark, "" if touched or f"{mark} " in text or f" {mark}" in text else " ")
+    out = re.sub(r"\.(?!\d)", "", out, count=32)             # the reference passes a flag in the place of the count
+    out = [NUMBERS.get(w, w) for w in out.lower().split()]
+    return " ".join(RESTORE.get(w, w) for w in out if w not in ("a", "an", "the"))
+
+
+def vqa_accuracy(answer, answers):                           # str, [str] (ten of them) -> fraction
+    """VQA's: the mean over the human answers of min(1, how many of the others equal the answer / 3); compared as plain_answer() has them, but as
+    they stand where all humans agree. One human answer alone: equal or not (ours)."""
+    answer, *answers = (a.replace("\n", " ").replace("\t", " ").strip() for a in (answer, *answers))
+    assert answers, "a question needs an answer to compare with"
+    if len(set(answers)) > 1:
+        answer, *answers = map(plain_answer, (answer, *answers))
+    equal = [a == answer for a in answers]
+    return sum(min(1, (sum(equal) - e) / 3) for e in equal) / len(equal) if len(equal) > 1 else float(equal[0])
 
 
 # ---- pictures: PIL only, sizes in pixels ----
