@@ -3,6 +3,9 @@
     python eval.py retrieval runs/align/last.pt --data '../shared/data/pairs/test-*.tar'
     python eval.py zeroshot runs/align/last.pt --data ../shared/data/labels
     python eval.py knn runs/align/last.pt                      # without --data: the built-in world's held-out split
+    python eval.py linear runs/align/last.pt --protocol mae --data cifar/ pets/         # each folder is a data set; at the end their mean
+    python eval.py compare runs/*/last.pt --out runs/report
+    python eval.py export runs/align/last.pt --out vit.safetensors
     python eval.py search runs/align/last.pt --text 'a red circle' --image photo.jpg
 
 Read the metrics first (each says whose definition it is), then the protocols, which ask a model for encode_image, encode_text and .vision only.
@@ -12,6 +15,7 @@ Dimension key: I images, T texts, C classes, P prompts of a class, E joint embed
 """
 import argparse, collections, colorsys, contextlib, functools, hashlib, importlib, itertools, json, math, operator, os, re, sys
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -128,6 +132,72 @@ def linear_probe(train, train_labels, test):                 # train (N, E), tra
     for step in (1, 0.5, 0.25):
         best = max((best, best - step, best + step), key=score)
     return predict(logistic(train, train_labels, 10.0 ** best, fits[best]), test)
+
+
+def mae_probe(train, train_labels, test, epochs=90, batch=16_384):
+    """MAE's linear probe (main_linprobe.py): features through a batch norm without gain, a linear layer by LARS (momentum 0.9, trust 0.001, no
+    decay), rate 0.1 x batch / 256 after 10 epochs of warm-up, then a cosine to 0. Ours: features are computed once from central crops, so no
+    augmentation, and a smaller bank is one batch. The recipe is made for ImageNet's 1.3 million images: on small banks it stays far from done."""
+    g, N, batch, labels = common.generator(0), len(train), min(batch, len(train)), F.one_hot(train_labels).float()
+    W, b = torch.nn.init.trunc_normal_(torch.empty(labels.shape[1], train.shape[1]), std=0.01, generator=g), torch.zeros(labels.shape[1])
+    speed_W, speed_b, mean, var = torch.zeros_like(W), torch.zeros_like(b), torch.zeros(train.shape[1]), torch.ones(train.shape[1])
+    for step in range(epochs * (N // batch)):
+        epoch, place = divmod(step, N // batch)
+        if place == 0:
+            order = torch.randperm(N, generator=g)
+        rows, done = order[place * batch:][:batch], step / (N // batch)
+        lr = 0.1 * batch / 256 * (done / 10 if done < 10 else (1 + math.cos(math.pi * (done - 10) / (epochs - 10))) / 2)
+        x = F.batch_norm(train[rows].float(), mean, var, training=True, eps=1e-6)
+        error = ((x @ W.T + b).softmax(1) - labels[rows]) / batch                                # gradient of the mean cross-entropy
+        grad = error.T @ x
+        speed_W.mul_(0.9).add_(grad * 0.001 * W.norm() / grad.norm().clamp(min=1e-12))           # LARS leaves 1-D parameters alone
+        speed_b.mul_(0.9).add_(error.sum(0))
+        W, b = W - lr * speed_W, b - lr * speed_b
+    return (F.batch_norm(test.float(), mean, var, eps=1e-6) @ W.T + b).argmax(1)
+
+
+class AttentiveProbe(torch.nn.Module):
+    """LCL's frozen protocol: one learned query pools the encoder's patch tokens, then layer norm and a linear classifier."""
+    def __init__(self, dim, classes):
+        super().__init__()
+        self.query, self.norm, self.norm_pooled = torch.nn.Parameter(torch.randn(1, 1, dim)), torch.nn.LayerNorm(dim), torch.nn.LayerNorm(dim)
+        self.pool = common.CrossAttention(dim, dim, math.gcd(dim, max(1, dim // 64)))            # heads of width 64, as lcl.py's pool
+        self.head = torch.nn.Linear(dim, classes)
+        self.apply(common.init_weights)
+
+    def forward(self, tokens):                               # (B, N, D) -> (B, C)
+        return self.head(self.norm_pooled(self.pool(self.query.expand(len(tokens), -1, -1), self.pool.memory(self.norm(tokens)))[:, 0]))
+
+
+def attentive_probe(train, train_labels, test, device="cpu", epochs=20, batch=256):      # (N, patches, D), (N,), (M, patches, D) -> labels (M,)
+    """Train an AttentiveProbe and ask it. The paper's numbers were not available: AdamW, 1e-3, decay 0.05, 20 epochs or 500 steps, cosine are ours."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        probe = AttentiveProbe(train.shape[2], int(train_labels.max()) + 1).to(device)
+    epochs, g = max(epochs, 500 // -(-len(train) // batch)), common.generator(0)
+    steps = epochs * -(-len(train) // batch)
+    cfg = SimpleNamespace(wd=0.05, warmup=steps // 10, steps=steps, schedule="cosine")
+    opt = common.adamw(probe, cfg, (0.9, 0.95))
+    rows = itertools.chain.from_iterable(torch.randperm(len(train), generator=g).split(batch) for _ in range(epochs))
+    for step, r in enumerate(tqdm(rows, "attentive probe", steps, leave=False, disable=rank() > 0 or None)):
+        for group in opt.param_groups:
+            group["lr"] = common.lr_at(step + 1, cfg, 1e-3)
+        loss = F.cross_entropy(probe(train[r].float().to(device)), train_labels[r].to(device))
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    with torch.no_grad():
+        return torch.cat([probe(x.float().to(device)).argmax(1).cpu() for x in test.split(batch)])
+
+
+def rerank(sim, score, k=16):                                # sim (Q, C); score(queries (n,), candidates (n,)) -> (n,)
+    """Each query's k best candidates put in the order of similarity + score, above all others, which keep theirs. (ALBEF re-scores the best so; the
+    sum is BLIP's.) Ranks share the queries."""
+    own = share_of(len(sim))
+    sim = sim[own.start:own.stop]
+    best = torch.cat([(-s).argsort(dim=1, stable=True)[:, :k] for s in sim.split(1024)])
+    value = sim.gather(1, best) + score(torch.arange(own.start, own.stop).repeat_interleave(best.shape[1]), best.flatten()).view(best.shape)
+    return collect(sim.scatter(1, best, value - value.amin(1, keepdim=True) + sim.amax(1, keepdim=True) + 1))
 
 
 def words(text):
@@ -461,6 +531,31 @@ def curves(log, path, fields, title=""):
     page.save(path)
 
 
+def bars(groups, names, path, title=""):                     # {label: [fraction or None for each name]}
+    """Write bars from 0 to 100 %: a group for each label, in it a bar for each name that has a value."""
+    left, wide, thick, top = 230, 560, 15, 48 + 18 * len(names)
+    values = {label: [(i, v) for i, v in enumerate(row) if v is not None and math.isfinite(v)] for label, row in groups.items()}
+    page, draw = blank(left + wide + 70, top + 30 + sum(thick * max(1, len(row)) + 12 for row in values.values()), title)
+    colours = [BLUE, "#e08e2b", "#3d9a6b", RED, "#7b5ea7", "#6b6b6b", "#4fb3bf", "#b59b3a"]
+    for i, name in enumerate(names):
+        draw.rectangle((left, 42 + 18 * i, left + 10, 52 + 18 * i), colours[i % 8])
+        draw.text((left + 18, 47 + 18 * i), name, INK, FONT, "lm")
+    for share in range(0, 101, 20):
+        x = left + wide * share // 100
+        draw.line((x, top, x, page.height - 24), PALE)
+        draw.text((x, page.height - 20), f"{share} %", GREY, FONT, "ma")
+    y = top + 6
+    for label, row in values.items():
+        tall = thick * max(1, len(row))
+        draw.text((left - 10, y + tall / 2), "".join(wrap(label, FONT, left - 24, 1)), INK, FONT, "rm")
+        for n, (i, v) in enumerate(row):
+            end = left + wide * min(max(v, 0), 1)
+            draw.rectangle((left, y + thick * n + 1, end, y + thick * (n + 1) - 2), colours[i % 8])
+            draw.text((end + 5, y + thick * (n + 0.5)), f"{100 * v:.1f}", INK, FONT, "lm")
+        y += tall + 12
+    page.save(path)
+
+
 def overlay(image, what, path=None):
     """PIL picture with `what` drawn over it, written to path if given. Images under 224 first grow by a whole number: labels need room.
 
@@ -598,7 +693,8 @@ class Store:
 
 
 # What is computed of images: the joint embedding, and what a frozen encoder gives to a probe.
-KINDS = {"images": lambda model: model.encode_image, "pooled": lambda model: lambda x: model.vision.patch_tokens(x).mean(1)}
+KINDS = {"images": lambda model: model.encode_image, "pooled": lambda model: lambda x: model.vision.patch_tokens(x).mean(1),
+         "tokens": lambda model: model.vision.patch_tokens}
 
 
 def class_or_none(sample):
@@ -611,14 +707,15 @@ def embed(kind, model, index, cfg, device, store=None, block=2048):
     """Shards of any size -> features of one of KINDS (I, ...), class (I,), -1 = none, and sample number (I,) of every readable image. The
     others are counted aloud."""
     def make():
-        fn, size, share = KINDS[kind](model), model.vision.grid * model.vision.patch, share_of(len(index))
-        features, classes, numbers, lost = [in_batches(fn, cfg, device, torch.zeros(0, 3, size, size, dtype=torch.uint8))], [], [], []
+        fn, dtype = KINDS[kind](model), torch.float16 if kind == "tokens" else torch.float32     # tokens are many: half precision
+        size, share = model.vision.grid * model.vision.patch, share_of(len(index))
+        features, classes, numbers, lost = [in_batches(fn, cfg, device, torch.zeros(0, 3, size, size, dtype=torch.uint8)).to(dtype)], [], [], []
         for start in tqdm(range(share.start, share.stop, block), "embedding", unit=f"{block} images", leave=False, disable=rank() > 0 or None):
             rows, without = decoded(index, range(start, min(start + block, share.stop)), class_or_none, model)
             lost += without
             if rows:
                 images, labels, ids = zip(*rows)
-                features.append(in_batches(fn, cfg, device, torch.from_numpy(np.stack(images))))
+                features.append(in_batches(fn, cfg, device, torch.from_numpy(np.stack(images))).to(dtype))
                 classes, numbers = classes + list(labels), numbers + list(ids)
         tell(lost, len(share))
         return collect(torch.cat(features)), *(collect(torch.tensor(x, dtype=torch.long)) for x in (classes, numbers))
@@ -628,15 +725,15 @@ def embed(kind, model, index, cfg, device, store=None, block=2048):
     return found
 
 
-def embed_labelled(kind, model, paths, cfg, device, store=None):
-    """Features and labels (I,) of the images that have a class."""
-    index = rank0_first(lambda: data.Index(paths))
-    features, labels, _ = embed(kind, model, index, cfg, device, store)
-    if (labels < 0).all():
+def embed_labelled(kind, model, index, cfg, device, store=None):
+    """Features, labels (I,) and sample numbers (I,) of the images that have a class."""
+    found = embed(kind, model, index, cfg, device, store)
+    has = found[1] >= 0
+    if not has.any():
         raise UserError(f"none of the {len(index)} samples of {index.paths[0]} ... can be evaluated: no class")
     if rank() == 0:
-        tell(["no class"] * int((labels < 0).sum()), len(labels))
-    return (features, labels) if (labels >= 0).all() else (features[labels >= 0], labels[labels >= 0])
+        tell(["no class"] * int((~has).sum()), len(has))
+    return found if has.all() else [x[has] for x in found]
 
 
 def embed_pairs(model, tokenizer, index, cfg, device, store=None):
@@ -710,27 +807,54 @@ def fitting(labels, names, paths):
     return labels
 
 
-def zeroshot(model, tokenizer, paths, cfg, device, store=None):
+def judged(name, pred, labels):
+    """Accuracy, and the mean of the classes' accuracies, which counts rare classes as much as frequent ones."""
+    return [(name, float((pred == labels).double().mean()), len(labels)), (f"{name}_mean_per_class", mean_per_class(pred, labels), len(labels))]
+
+
+def pair_scores(model, tokenizer, index, ids, texts, cfg, device):
+    """-> fn(image (n,), text (n,)) = model.score of those pairs of samples `ids` and texts. All images are held in memory as bytes."""
+    rows, _ = decoded(index, ids[share_of(len(ids))].tolist(), lambda s: None, model)
+    size = model.vision.grid * model.vision.patch
+    images = collect(torch.from_numpy(np.array([r[0] for r in rows], np.uint8).reshape(-1, 3, size, size)))
+    tokens, valid = tokenize(tokenizer, texts, cfg)
+    fn = lambda i, t: model.score(*(x[n.cpu()].to(device) for x, n in ((images, i), (tokens, t), (valid, t))))
+    return lambda i, t: in_batches(fn, cfg, device, i, t)
+
+
+def zeroshot(model, tokenizer, paths, cfg, device, store=None, reranked=False):
     """Prompt ensembling (formats of CLIP_benchmark): templates x class names beside the shards. With unseen.txt there, classes that never
-    occurred in training are scored apart; every image competes among all classes."""
-    names = class_names(paths)
+    occurred in training are scored apart; every image competes among all classes. reranked: _itm, each image's 16 best classes in the order of
+    similarity + the mean of the prompts' scores."""
+    names, index = class_names(paths), rank0_first(lambda: data.Index(paths))
     templates = data.beside(paths, "zeroshot_classification_templates.txt") or ["a photo of a {c}."]
-    image, labels = embed_labelled("images", model, paths, cfg, device, store)
-    labels = fitting(labels, names, paths)
+    image, labels, ids = embed_labelled("images", model, index, cfg, device, store)
+    labels, P = fitting(labels, names, paths), len(templates)
     prompts = [t.replace("{c}", n).replace("{}", n) for n in names for t in templates]
-    classes = prompt_ensemble(encode_texts(model, tokenizer, prompts, cfg, device).view(len(names), len(templates), -1))
-    scores = image @ classes.T
-    groups = seen_and_unseen(paths, names, labels)
-    found = [(f"zeroshot{suffix}", accuracy(scores[rows], labels[rows]), int(rows.sum())) for suffix, rows in groups.items()]
-    return found + [(f"zeroshot{suffix}_top5", accuracy(scores[rows], labels[rows], 5), int(rows.sum()))
-                    for suffix, rows in groups.items() if len(names) > 5]
+    scores = {"": image @ prompt_ensemble(encode_texts(model, tokenizer, prompts, cfg, device).view(len(names), P, -1)).T}
+    if reranked:
+        pair = pair_scores(model, tokenizer, index, ids, prompts, cfg, device)
+        scores["_itm"] = rerank(scores[""], lambda i, c: torch.stack([pair(i, c * P + p) for p in range(P)]).mean(0))
+    found = []
+    for (suffix, rows), (mark, s) in itertools.product(seen_and_unseen(paths, names, labels).items(), scores.items()):
+        name, s, own = f"zeroshot{suffix}{mark}", s[rows], labels[rows]
+        found += judged(name, own.where(ranks(s, own) < 1, -1), own)
+        found += [(f"{name}_top5", accuracy(s, own, 5), len(own))] if len(names) > 5 else []
+    return found
 
 
-def retrieval(model, tokenizer, paths, cfg, device, store=None):
-    """Recall at 1, 5, 10 both ways over all captions of all images."""
-    image, text, owner, _ = embed_pairs(model, tokenizer, rank0_first(lambda: data.Index(paths)), cfg, device, store)
-    recall = recall_at_k(text @ image.T, owner)
-    return [(f"{way}_r{k}", v, len(image) if way == "i2t" else len(text)) for way, at in recall.items() for k, v in at.items()]
+def retrieval(model, tokenizer, paths, cfg, device, store=None, reranked=False):
+    """Recall at 1, 5, 10 both ways over all captions of all images. reranked: _itm, each query's 16 best in the order of similarity + score."""
+    index = rank0_first(lambda: data.Index(paths))
+    image, text, owner, ids = embed_pairs(model, tokenizer, index, cfg, device, store)
+    sim = text @ image.T
+    recall = {"": recall_at_k(sim, owner)}
+    if reranked:
+        pair = pair_scores(model, tokenizer, index, ids, [c for i in ids.tolist() for c in index[i].captions(lines=True)], cfg, device)
+        by_image, by_text = rerank(sim.T, pair).T, rerank(sim, lambda t, i: pair(i, t))
+        recall["_itm"] = {"i2t": recall_at_k(by_image, owner)["i2t"], "t2i": recall_at_k(by_text, owner)["t2i"]}
+    return [(f"{way}_r{k}{mark}", v, len(image) if way == "i2t" else len(text))
+            for mark, ways in recall.items() for way, at in ways.items() for k, v in at.items()]
 
 
 def frozen(kind, model, paths, cfg, device, store=None):
@@ -738,28 +862,32 @@ def frozen(kind, model, paths, cfg, device, store=None):
     has a right answer there."""
     bank = bank_of(paths)
     if not bank:
-        raise UserError(f"kNN and a linear probe need labelled training shards: none in the folder of {paths[0]}")
-    (train, train_labels), (test, labels) = (embed_labelled(kind, model, p, cfg, device, store) for p in (bank, paths))
+        raise UserError(f"kNN and the probes need labelled training shards: none in the folder of {paths[0]}")
+    indices = [rank0_first(lambda p=p: data.Index(p)) for p in (bank, paths)]
+    (train, train_labels, _), (test, labels, _) = (embed_labelled(kind, model, index, cfg, device, store) for index in indices)
     known = torch.isin(labels, train_labels)
     if not known.any():
         raise UserError(f"no image of {paths[0]} ... has a class that one of {bank[0]} ... has")
     return train, train_labels, test[known], labels[known]
 
 
-def share_right(name, pred, labels):
-    return [(name, float((pred == labels).double().mean()), len(labels))]
-
-
 def nearest(model, tokenizer, paths, cfg, device, store=None):
     """Weighted k-nearest-neighbour accuracy (DINO, k = 20) of pooled encoder tokens; the bank is the train part beside the held-out one."""
     train, train_labels, test, labels = frozen("pooled", model, paths, cfg, device, store)
-    return share_right("knn", knn(train, train_labels, test, min(20, len(train))), labels)
+    return judged("knn", knn(train, train_labels, test, min(20, len(train))), labels)
 
 
-def linear(model, tokenizer, paths, cfg, device, store=None):
-    """Accuracy of CLIP's linear probe on pooled encoder tokens, trained on the train part beside the held-out one."""
+def linear(model, tokenizer, paths, cfg, device, store=None, protocol="clip"):
+    """Accuracy of CLIP's or MAE's linear probe on pooled encoder tokens, trained on the train part beside the held-out one."""
     train, train_labels, test, labels = frozen("pooled", model, paths, cfg, device, store)
-    return share_right("linear", linear_probe(train, train_labels, test), labels)
+    name, probe = {"clip": ("linear", linear_probe), "mae": ("linear_mae", mae_probe)}[protocol]
+    return judged(name, probe(train, train_labels, test), labels)
+
+
+def attentive(model, tokenizer, paths, cfg, device, store=None):
+    """Accuracy of LCL's attentive probe on the encoder's patch tokens (all of them in memory), trained as the linear one is."""
+    train, train_labels, test, labels = frozen("tokens", model, paths, cfg, device, store)
+    return judged("attentive", attentive_probe(train, train_labels, test, device), labels)
 
 
 def caption(model, tokenizer, paths, cfg, device, store=None):
@@ -803,7 +931,7 @@ def bank_of(paths):
 
 
 # The protocols, and the method of a model that one needs beyond its .vision.
-TASKS = {"zeroshot": zeroshot, "retrieval": retrieval, "knn": nearest, "linear": linear, "caption": caption}
+TASKS = {"zeroshot": zeroshot, "retrieval": retrieval, "knn": nearest, "linear": linear, "attentive": attentive, "caption": caption}
 NEEDS = {"zeroshot": "encode_text", "retrieval": "encode_text", "caption": "generate"}
 
 
@@ -833,15 +961,18 @@ def held_out(cfg):
     return rank0_first(lambda: data.Index(paths or data.expand(cfg.data or cfg.labels)[:1])), "held-out pairs" if paths else "training images"
 
 
+def shown(name, value):
+    return "-" if value is None else f"{value:.3f}" if name.startswith(("nats", "cider")) else f"{100 * value:.1f} %"
+
+
 def table(rows):
     """[(metric, value, n)] as lines of text."""
-    def shown(name, value):
-        return "-" if value is None else f"{value:8.3f}" if name.startswith(("nats", "cider")) else f"{100 * value:6.1f} %"
-    return "\n".join(f"  {name:<28}{shown(name, value)}   n = {n:,}" for name, value, n in rows)
+    return "\n".join(f"  {name:<32}{shown(name, value):>9}   n = {n:,}" for name, value, n in rows)
 
 
 def evaluate(model, tokenizer, cfg, device):
-    """A script's own evaluation on cfg.val: prints a table, writes out/result.json, returns it (flat, fractions)."""
+    """A script's own evaluation on cfg.val: prints a table, writes out/result.json, returns it (flat, fractions). Attentive probe and re-ranking,
+    which take longer, are left to the command line."""
     if not cfg.val:
         print0("no --val: nothing held out to evaluate on")
         return {}
@@ -885,32 +1016,115 @@ def load(path, device="cpu"):
     return model.to(device).eval(), data.Tokenizer.loads(state["vocab"]), cfg, digest
 
 
-def held_out_shards(args, part):
-    """--data, or that part of the built-in world -> patterns, files."""
-    patterns = args.data or [f"{rank0_first(data.make_world)}/{part}"]
-    return patterns, data.expand(patterns, "test")
+def data_sets(args, *parts, apart=False):
+    """[(name, files)]: --data, where each of several folders is a data set; or these parts of the built-in world. apart: so is each pattern."""
+    given = args.data or [f"{folder}/{part}" for folder in [rank0_first(data.make_world)] for part in parts]
+    apart = apart or len(given) > 1 and all(map(os.path.isdir, given))
+    return [(" ".join(g), data.expand(g, "test")) for g in ([[g] for g in given] if apart else [given])]
+
+
+def records(task, subject, name, paths, device, **how):
+    """One protocol on one data set, re-ranked too where the model says that its scores are for that -> what is kept of each metric."""
+    model, tokenizer, cfg, digest, store = subject
+    how = {**how, "reranked": True} if task in ("zeroshot", "retrieval") and getattr(model, "rerank", False) else how
+    return [{"metric": m, "value": v, "n": n, "protocol": task, "split": name, "checkpoint": digest, "seed": cfg.seed}
+            for m, v, n in TASKS[task](model, tokenizer, paths, cfg, device, store, **how)]
+
+
+def main_metric(rows):
+    """What stands for a data set in the mean over several (as in DataComp): both R@1, else the first metric, seen and unseen classes together."""
+    first = rows[0]["metric"]
+    names = ("i2t_r1", "t2i_r1") if first == "i2t_r1" else (first, first.replace("_seen", "_unseen"))
+    rows = [r for r in rows if r["metric"] in names]
+    weights = [1 if first == "i2t_r1" else r["n"] for r in rows]
+    return sum(w * r["value"] for w, r in zip(weights, rows)) / sum(weights)
 
 
 def measure(args, device):
-    """One protocol on each checkpoint: a JSON line for each result, then a table."""
-    patterns, paths = held_out_shards(args, "pairs" if args.task in ("retrieval", "caption") else "labels")
+    """One protocol on each checkpoint: a JSON line for each result, then a table; over several data sets their mean."""
+    sets, how = data_sets(args, "pairs" if args.task in ("retrieval", "caption") else "labels"), {}
+    if args.task == "linear":
+        how["protocol"] = args.protocol
     for checkpoint in args.checkpoint:
-        model, tokenizer, cfg, digest, store = opened(checkpoint, device, args.task)
-        rows = TASKS[args.task](model, tokenizer, paths, cfg, device, store)
-        lines = [json.dumps({"metric": m, "value": v, "n": n, "protocol": args.task, "split": " ".join(patterns), "checkpoint": digest,
-                             "seed": cfg.seed}) for m, v, n in rows]
-        print0("\n".join([*lines, f"{checkpoint}, {args.task} on {' '.join(patterns)}:", table(rows)]))
+        subject, found = opened(checkpoint, device, args.task), []
+        for name, paths in sets:
+            found.append(records(args.task, subject, name, paths, device, **how))
+        if len(sets) > 1:
+            mean = sum(map(main_metric, found)) / len(found)
+            found.append([{**found[0][0], "metric": "mean", "value": mean, "n": len(found), "split": " ".join(name for name, _ in sets)}])
+        for rows in found:
+            told = table([(r["metric"], r["value"], r["n"]) for r in rows])
+            print0("\n".join([*map(json.dumps, rows), f"{checkpoint}, {args.task} on {rows[0]['split']}:", told]))
         if args.out and rank() == 0:
             os.makedirs(args.out, exist_ok=True)
             with open(os.path.join(args.out, "eval.jsonl"), "a") as f:
-                f.write("\n".join(lines) + "\n")
+                f.writelines(json.dumps(r) + "\n" for rows in found for r in rows)
+
+
+def compare(args, device):
+    """Every protocol that each checkpoint can do, side by side: compare.md, compare.json and compare.png in --out."""
+    found, columns, out = [], {}, args.out or "runs/compare"
+    for checkpoint in args.checkpoint:
+        subject = opened(checkpoint, device)
+        label = f"{type(subject[0]).__name__} {os.path.basename(os.path.dirname(os.path.abspath(checkpoint)))}"
+        columns[subject[3]] = label if label not in columns.values() else f"{label} {subject[3][:4]}"
+        for name, paths in data_sets(args, "pairs", "labels", apart=True):
+            tasks = tasks_for(paths)
+            for task in tasks + ["attentive"] * ("knn" in tasks):
+                if able(subject[0], task):
+                    print0(f"{columns[subject[3]]}: {task} on {name}")
+                    found += records(task, subject, name, paths, device)
+    if rank():
+        return
+    cells = collections.defaultdict(dict)
+    for r in found:
+        cells[os.path.basename(r["split"].rstrip("/")), r["metric"], r["n"]][r["checkpoint"]] = r["value"]
+    lines = [f"| data | metric | n | {' | '.join(columns.values())} |", "|---" * (3 + len(columns)) + "|"]
+    for (split, metric, n), values in cells.items():
+        lines.append(f"| {split} | {metric} | {n:,} | {' | '.join(shown(metric, values.get(c)) for c in columns)} |")
+    print0("\n".join(lines))
+    os.makedirs(out, exist_ok=True)
+    with open(f"{out}/compare.md", "w") as f:
+        f.write("\n".join(lines) + "\n")
+    with open(f"{out}/compare.json", "w") as f:
+        json.dump({"checkpoints": columns, "results": found}, f, indent=1)
+    drawn = {f"{metric}, {split}": [values.get(c) for c in columns] for (split, metric, _), values in cells.items()
+             if not metric.startswith(("nats", "cider")) and not metric.endswith(("mean_per_class", "top5", "r5", "r10"))}
+    bars(drawn, list(columns.values()), f"{out}/compare.png", "Held out, frozen checkpoints")
+
+
+def export(args, device):
+    """The encoder of a checkpoint as timm names it, in float32: FILE.safetensors (written by hand; formats 10.6) or FILE.pt."""
+    if len(args.checkpoint) > 1 or not args.out or not args.out.endswith((".safetensors", ".pt")):
+        raise UserError(f"export takes one checkpoint and --out FILE.safetensors or FILE.pt, not {len(args.checkpoint)} and --out {args.out}")
+    model, _, _, digest = load(args.checkpoint[0])
+    vision = model.vision
+    tensors = {name: x.detach().float().contiguous() for name, x in vision.state_dict().items()}
+    told = {name: json.dumps([round(v, 6) for v in getattr(vision, name).flatten().tolist()]) for name in ("mean", "std")}
+    meta = {"format": "pt", "method": type(model).__name__, "checkpoint": digest, "image_size": str(vision.grid * vision.patch),
+            "patch": str(vision.patch), "heads": str(vision.blocks[0].attn.heads), "pooling": "avg", **told}     # avg: timm's, with fc_norm=False
+    if rank() == 0:
+        os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
+        if args.out.endswith(".pt"):
+            torch.save({"model": tensors, "metadata": meta}, args.out)
+        else:
+            header, at = {"__metadata__": meta}, 0
+            for name, x in tensors.items():
+                header[name] = {"dtype": "F32", "shape": list(x.shape), "data_offsets": [at, at := at + 4 * x.numel()]}
+            text = json.dumps(header).encode()
+            text += b" " * (-len(text) % 8)
+            with open(args.out, "wb") as f:
+                f.write(len(text).to_bytes(8, "little") + text)
+                f.writelines(x.numpy().astype("<f4").tobytes() for x in tensors.values())
+    print0(f"{args.out}: encoder of a {meta['method']}, {len(tensors)} tensors, {sum(x.numel() for x in tensors.values()):,} parameters; " +
+           ", ".join(f"{k} {meta[k]}" for k in ("image_size", "patch", "heads", "pooling", "mean", "std")))
 
 
 def find(args, device):
     """The search of each checkpoint."""
     if not (args.text or args.image):
         raise UserError("search needs --text, --image, or both")
-    _, paths = held_out_shards(args, "pairs")
+    paths = [p for _, files in data_sets(args, "pairs") for p in files]
     index = rank0_first(lambda: data.Index(paths))
     for checkpoint in args.checkpoint:
         model, tokenizer, cfg, _, store = opened(checkpoint, device, "retrieval" if args.text or args.minus else None)
@@ -927,8 +1141,9 @@ def opened(checkpoint, device, task=None):
     return model, tokenizer, cfg, digest, Store(os.path.dirname(os.path.abspath(checkpoint)), digest)
 
 
-COMMANDS = {**dict.fromkeys(TASKS, measure), "search": find}
+COMMANDS = {**dict.fromkeys(TASKS, measure), "search": find, "compare": compare, "export": export}
 FLAGS = {                                                    # flags of one command, which no other takes
+    "--protocol": ("linear", dict(help="whose probe, clip or mae [clip]", choices=("clip", "mae"), default="clip")),
     "--text": ("search", dict(help="what the images should show")),
     "--image": ("search", dict(help="a picture file, alone or together with --text")),
     "--minus": ("search", dict(help="what they should not show")),
@@ -940,8 +1155,9 @@ def main(argv=None):
     parser = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("task", choices=list(COMMANDS))
     parser.add_argument("checkpoint", nargs="+")
-    parser.add_argument("--data", nargs="+", help="held-out shards; none = the built-in world's")
-    parser.add_argument("--out", help="folder: result lines are added to eval.jsonl there; search writes its picture there [runs/search]")
+    parser.add_argument("--data", nargs="+", help="held-out shards; each of several folders is a data set; none = the built-in world's")
+    parser.add_argument("--out", help="folder for eval.jsonl, to which results are added; search [runs/search], compare [runs/compare]: for what "
+                                      "they write; export: the file")
     for flag, (owner, how) in FLAGS.items():
         parser.add_argument(flag, **{**how, "help": f"{owner}: {how['help']}"})
     args = parser.parse_args(argv)
