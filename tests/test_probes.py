@@ -202,6 +202,16 @@ def test_an_attentive_probe_finds_the_patch_that_pooling_blurs():
     assert torch.equal(torch.get_rng_state(), threads)       # and leaves others' randomness alone
 
 
+def test_an_attentive_probe_is_attention_with_one_query():
+    probe, x = E.AttentiveProbe(128, 5).double(), torch.randn(6, 9, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for p in probe.parameters():
+        nn.init.normal_(p, std=0.2, generator=torch.Generator().manual_seed(p.numel()))
+    key, value = (common.split_heads(m(probe.norm(x)), 2) for m in (probe.k, probe.v))
+    query = probe.q(probe.query).view(1, 2, 1, 64).expand(6, -1, -1, -1)
+    pooled = F.scaled_dot_product_attention(query, key, value)[:, :, 0].flatten(1)
+    torch.testing.assert_close(probe(x), probe.head(probe.norm_pooled(probe.out(pooled))))
+
+
 # -- protocols, with models whose answers are known --
 
 def write(path, samples):                                    # [(colour, {suffix: text})]
