@@ -119,6 +119,12 @@ def test_positions_are_resized_as_a_picture_and_the_class_tokens_stays(grid):
         assert torch.equal(patches, table[:, 1:])            # the same grid: untouched
 
 
+def test_a_coarser_grid_hears_every_patch():
+    table = torch.randn(1, 65, 3, requires_grad=True)
+    common.resized_positions(table, 1)[1].sum().backward()
+    assert (table.grad[0, 1:] != 0).all() and not table.grad[0, 0].any()                     # antialiased: else the central 16 alone
+
+
 def test_a_class_token_that_only_one_side_has_is_left_as_it_starts_or_out(tmp_path):
     with_cls, without = vit(), vit(cls=False, seed=2)
     a, b = saved(tmp_path / "a.pt", plain(with_cls)), saved(tmp_path / "b.pt", plain(without))
