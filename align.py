@@ -30,6 +30,7 @@ class Config:
     val: list = None             # held-out shards: with captions -> retrieval, with classes -> zero-shot and kNN
     out: str = "runs/align"      # checkpoints, log, results and pictures; a second start here resumes
     fresh: bool = False          # start anew in --out
+    init: str = None             # file of timm-named encoder weights to start from; tells dim, depth, heads, patch unless they are given
     # image tower
     image_size: int = 224        # ours; paper s5: 289 (EfficientNet)
     resize: float = 346 / 289    # paper s5: both sides to this multiple of image_size, then a crop
@@ -224,6 +225,7 @@ def main(cfg):
     tokenizer = common.rank0_first(lambda: data.vocabulary(cfg, index, state))
     plan = data.Plan(index.starts, cfg.batch, cfg.seed, cfg.window)
     model = ALIGN(cfg).to(device)
+    common.init_encoder(model.vision, cfg.init)
     opt = Lamb(model.parameters(), wd=cfg.wd)
     first, peak = common.restore(state, model, opt), cfg.lr
     rows = [data.Rows(index, plan, partial(example, cfg=cfg, tokenizer=tokenizer))]

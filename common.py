@@ -280,7 +280,7 @@ def join(timeout=600):
         torch.cuda.set_device(device)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         _store, r, w = next(rendezvous("env://"))
-        dist.init_process_group("nccl" if cuda else "gloo", store=dist.PrefixStore("group", _store), rank=r, world_size=w,
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.PrefixStore("group", _store), rank=r, world_size=w,
                                 timeout=timedelta(seconds=timeout))
     return device
 
@@ -450,6 +450,9 @@ def parse(Config, demo, doc="", argv=None):
         if given["size"] not in SIZES:
             raise UserError(f"--size {given['size']}: choose one of {' '.join(SIZES)}")
         values.update({k: v for k, v in zip(("dim", "depth", "heads"), SIZES[given["size"]]) if k not in given})
+    if values.get("init"):
+        fixed = {*given, *(("dim", "depth", "heads") if "size" in given else ())}
+        values.update({k: v for k, v in encoder_sizes(values["init"]).items() if k not in fixed})
     least = {"eval_every": -1, "context": 3, "temperature": 1e-9, "scale": 1e-3, **dict.fromkeys(AT_LEAST_ONE, 1)}
     wrong = [f"--{k.replace('_', '-')} {v}" for k, v in values.items() if isinstance(v, (int, float)) and not v >= least.get(k, 0)]
     if values.get("schedule", "linear") not in ("linear", "cosine"):
@@ -575,6 +578,93 @@ def describe(cfg, device, model, sources, first, peak):
     if rank() == 0:
         with open(os.path.join(cfg.out, "config.json"), "w") as f:
             json.dump(dataclasses.asdict(cfg), f, indent=1)
+
+
+# ---- encoders from elsewhere (--init): timm's names, in safetensors or torch files ----
+
+def read_safetensors(path):
+    """-> {name: tensor}, {metadata: str}. Eight bytes of header length, a JSON header, then the tensors' bytes; anything else raises."""
+    types = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    with open(path, "rb") as f:
+        size = int.from_bytes(f.read(8), "little")
+        if size > os.path.getsize(path) - 8:
+            raise ValueError("no safetensors header")
+        header, body = json.loads(f.read(size)), bytearray(f.read())
+    meta, tensors = header.pop("__metadata__", {}), {}
+    for name, entry in header.items():
+        start, stop = entry["data_offsets"]
+        if not 0 <= start < stop <= len(body):
+            raise ValueError(f"{name} lies outside the file")
+        tensors[name] = torch.frombuffer(body[start:stop], dtype=types[entry["dtype"]]).view(entry["shape"])
+    return tensors, meta
+
+
+def read_encoder(path):
+    """Weights of a timm-named ViT in float32, without classifier -> {name: tensor}, {metadata: str}."""
+    try:
+        if path.endswith(".safetensors"):
+            tensors, meta = read_safetensors(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if "method" in state:
+                raise ValueError("a whole checkpoint: python eval.py export makes an encoder file of it")
+            tensors, meta = state.get("model", state.get("state_dict", state)), state.get("metadata", {})
+        named = {re.sub(r"^((module|_orig_mod)\.)+", "", name): x.float() for name, x in tensors.items() if isinstance(x, torch.Tensor)}
+        tensors = {name: x for name, x in named.items() if not name.startswith("head.")}
+        for name in ("patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight"):
+            if name not in tensors:
+                raise ValueError(f"no {name}, so no ViT as timm names it")
+        return tensors, meta
+    except Exception as error:                               # JSON, pickle, zip and torch each have their own words for a bad file
+        raise UserError(f"--init {path} cannot be read ({str(error).partition(chr(10))[0] or type(error).__name__}): give a ViT with timm's names as "
+                        ".safetensors, or as a torch file of plain tensors") from None
+
+
+def encoder_sizes(path):
+    """dim, depth, heads, patch of such a file. Heads leave no trace in the weights: where its metadata does not tell, they are 64 wide."""
+    tensors, meta = read_encoder(path)
+    dim, _, patch, _ = tensors["patch_embed.proj.weight"].shape
+    depth = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
+    return {"dim": dim, "depth": depth, "heads": int(meta.get("heads", max(1, dim // 64))), "patch": patch}
+
+
+def resized_positions(table, grid):
+    """(1, [1+]g*g, D) -> the class token's row as it is (1, 0 or 1, D), and those of grid x grid patches, bicubic (as timm resamples them)."""
+    side = math.isqrt(table.shape[1])
+    lead, patches = table.split([table.shape[1] - side ** 2, side ** 2], 1)
+    if side != grid:
+        patches = patches.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        patches = F.interpolate(patches, (grid, grid), mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
+    return lead, patches
+
+
+def init_encoder(vision, path):
+    """Start a ViT from a timm-named file (none: leave it). Positions are resized to its grid, fixed ones stay; a class token that only one of the two
+    has is left as initialised, or out. UserError where shapes differ."""
+    if not path:
+        return
+    (tensors, meta), own = read_encoder(path), {name: x.detach().cpu() for name, x in vision.state_dict().items()}
+    lead, patches = resized_positions(tensors.pop("pos_embed"), vision.grid)
+    if vision.cls_token is None:
+        tensors.pop("cls_token", None)
+        lead = lead[:, :0]
+    elif "cls_token" not in tensors or not lead.shape[1]:    # its position is no row of some files: there it is zero
+        lead = torch.zeros_like(own["cls_token"]) if "cls_token" in tensors else own["pos_embed"][:, :1]
+        tensors.setdefault("cls_token", own["cls_token"])
+    tensors["pos_embed"] = torch.cat([lead, patches], 1) if vision.pos_embed.requires_grad else own["pos_embed"]
+    shape = lambda state, name: tuple(state[name].shape) if name in state else "missing"
+    wrong = [f"{name} is {there} there and {here} here" for name in [*own, *tensors]
+             for there, here in [(shape(tensors, name), shape(own, name))] if there != here]
+    heads = vision.blocks[0].attn.heads
+    wrong += [f"{meta['heads']} heads there and {heads} here"] if meta.get("heads", str(heads)) != str(heads) else []
+    if wrong:
+        raise UserError(f"--init {path} does not fit: {wrong[0]}: leave --size, --dim, --depth, --heads, --patch to the file; it must be a plain ViT")
+    vision.load_state_dict(tensors)
+    print0(f"encoder from {path}: width {own['pos_embed'].shape[2]}, {len(vision.blocks)} blocks, {heads} heads"
+           + ("" if "heads" in meta else " (the file does not say how many)"))
+    told = {name: (json.loads(meta[name]), getattr(vision, name).flatten().tolist()) for name in ("mean", "std") if name in meta}
+    if any(abs(a - b) > 1e-3 for there, here in told.values() for a, b in zip(there, here)):
+        print0(f"warning: its images were normalised by another mean and deviation than here ({meta['mean']}, {meta['std']})")
 
 
 # ---- log: one line per step in log.jsonl, one tiny all-reduce per step, read one step late ----

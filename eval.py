@@ -3,6 +3,9 @@
     python eval.py retrieval runs/align/last.pt --data '../shared/data/pairs/test-*.tar'
     python eval.py zeroshot runs/align/last.pt --data ../shared/data/labels
     python eval.py knn runs/align/last.pt                      # without --data: the built-in world's held-out split
+    python eval.py linear runs/align/last.pt --protocol mae --data cifar/ pets/         # each folder is a data set; at the end their mean
+    python eval.py compare runs/*/last.pt --out runs/report
+    python eval.py export runs/align/last.pt --out vit.safetensors
     python eval.py search runs/align/last.pt --text 'a red circle' --image photo.jpg
 
 Read the metrics first (each says whose definition it is), then the protocols, which ask a model for encode_image, encode_text and .vision only.
@@ -10,8 +13,9 @@ Every number is a fraction of the whole split. Several ranks share the work with
 
 Dimension key: I images, T texts, C classes, P prompts of a class, E joint embedding, D width.
 """
-import argparse, collections, colorsys, contextlib, functools, hashlib, importlib, json, math, operator, os, sys
+import argparse, collections, colorsys, contextlib, functools, hashlib, importlib, itertools, json, math, operator, os, re, sys
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -130,6 +134,79 @@ def linear_probe(train, train_labels, test):                 # train (N, E), tra
     return predict(logistic(train, train_labels, 10.0 ** best, fits[best]), test)
 
 
+def mae_probe(train, train_labels, test, epochs=90, batch=16_384):
+    """MAE's linear probe (main_linprobe.py): features through a batch norm without gain, a linear layer by LARS (momentum 0.9, trust 0.001, no
+    decay), rate 0.1 x batch / 256 after 10 epochs of warm-up, then a cosine to 0. Ours: pooled patches instead of the class token, features computed
+    once from central crops, so no augmentation, and a smaller bank is one batch. Made for ImageNet's 1.3 million images: on small banks the weights
+    hardly leave their start."""
+    g, N, batch, labels = common.generator(0), len(train), min(batch, len(train)), F.one_hot(train_labels).float()
+    W, b = torch.nn.init.trunc_normal_(torch.empty(labels.shape[1], train.shape[1]), std=0.01, generator=g), torch.zeros(labels.shape[1])
+    speed_W, speed_b, mean, var = torch.zeros_like(W), torch.zeros_like(b), torch.zeros(train.shape[1]), torch.ones(train.shape[1])
+    for step in range(epochs * (N // batch)):
+        epoch, place = divmod(step, N // batch)
+        if place == 0:
+            order = torch.randperm(N, generator=g)
+        rows, done = order[place * batch:][:batch], step / (N // batch)
+        lr = 0.1 * batch / 256 * (done / 10 if done < 10 else (1 + math.cos(math.pi * (done - 10) / (epochs - 10))) / 2)
+        x = F.batch_norm(train[rows].float(), mean, var, training=True, eps=1e-6)
+        error = ((x @ W.T + b).softmax(1) - labels[rows]) / batch                                # gradient of the mean cross-entropy
+        grad = error.T @ x
+        speed_W.mul_(0.9).add_(grad * 0.001 * W.norm() / grad.norm().clamp(min=1e-12))           # LARS leaves 1-D parameters alone
+        speed_b.mul_(0.9).add_(error.sum(0))
+        W, b = W - lr * speed_W, b - lr * speed_b
+    return (F.batch_norm(test.float(), mean, var, eps=1e-6) @ W.T + b).argmax(1)
+
+
+class AttentiveProbe(torch.nn.Module):
+    """LCL's frozen protocol: one learned query pools the encoder's patch tokens, then layer norm and a linear classifier. LCL's norms of keys and of
+    values are one here: the maps behind it absorb the gains. As there is one query, no token needs a key or a value of its own."""
+    def __init__(self, dim, classes):
+        super().__init__()
+        self.heads = math.gcd(dim, max(1, dim // 64))        # 64 wide, as lcl.py's pool
+        self.query, self.q = torch.nn.Parameter(torch.randn(dim)), torch.nn.Linear(dim, dim)
+        self.norm, self.norm_pooled = torch.nn.LayerNorm(dim), torch.nn.LayerNorm(dim)
+        self.k, self.v, self.out, self.head = (torch.nn.Linear(dim, n) for n in (dim, dim, dim, classes))      # k's bias has no effect
+        self.apply(common.init_weights)
+
+    def forward(self, tokens):                               # (B, N, D) -> (B, C)
+        x, k, v = self.norm(tokens), *(m.weight.unflatten(0, (self.heads, -1)) for m in (self.k, self.v))      # (B, N, D), (H, D/H, D) twice
+        query = self.q(self.query).view(self.heads, -1)      # (H, D/H)
+        weight = (x @ torch.einsum("hd,hde->eh", query, k) * query.shape[1] ** -0.5).softmax(1)                # (B, N, H)
+        pooled = torch.einsum("bhe,hde->bhd", weight.mT @ x, v).flatten(1) + self.v.bias
+        return self.head(self.norm_pooled(self.out(pooled)))
+
+
+def attentive_probe(train, train_labels, test, device="cpu", epochs=20, batch=256):      # (N, patches, D), (N,), (M, patches, D) -> labels (M,)
+    """Train an AttentiveProbe and ask it. The paper's numbers were not available: AdamW, 1e-3, decay 0.05, 20 epochs or 500 steps, cosine: ours."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        probe = AttentiveProbe(train.shape[2], int(train_labels.max()) + 1).to(device)
+    epochs, g = max(epochs, 500 // -(-len(train) // batch)), common.generator(0)
+    steps = epochs * -(-len(train) // batch)
+    cfg = SimpleNamespace(wd=0.05, warmup=steps // 10, steps=steps, schedule="cosine")
+    opt = common.adamw(probe, cfg, (0.9, 0.95))
+    rows = itertools.chain.from_iterable(torch.randperm(len(train), generator=g).split(batch) for _ in range(epochs))
+    for step, r in enumerate(tqdm(rows, "attentive probe", steps, leave=False, disable=rank() > 0 or None)):
+        for group in opt.param_groups:
+            group["lr"] = common.lr_at(step + 1, cfg, 1e-3)
+        loss = F.cross_entropy(probe(train[r].float().to(device)), train_labels[r].to(device))
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    with torch.no_grad():
+        return torch.cat([probe(x.float().to(device)).argmax(1).cpu() for x in test.split(batch)])
+
+
+def rerank(sim, score, k=16):                                # sim (Q, C); score(queries (n,), candidates (n,)) -> (n,)
+    """Each query's k best candidates by similarity put in the order of score, above all others, which keep theirs (ALBEF, whose k is 128 or 256).
+    Ranks share the queries."""
+    own = share_of(len(sim))
+    sim = sim[own.start:own.stop]
+    best = torch.cat([(-s).argsort(dim=1, stable=True)[:, :k] for s in sim.split(1024)])
+    value = score(torch.arange(own.start, own.stop).repeat_interleave(best.shape[1]), best.flatten()).view(best.shape)
+    return collect(sim.scatter(1, best, value - value.amin(1, keepdim=True) + sim.amax(1, keepdim=True) + 1))
+
+
 def words(text):
     """Simple tokens (ours, for the reference's Java tokeniser; formats 9.10): lower case, split at white space, marks stripped."""
     return [w for w in (w.strip("'`\"()[]{}.?!,:;-") for w in text.lower().split()) if w]
@@ -176,6 +253,112 @@ def cider(hyps, refs):                                       # hyps [str], refs 
             found.append(sum(cosine) / 4 * math.exp(-(h_length - r_length) ** 2 / 72))
         scores.append(10 * sum(found) / len(found))
     return sum(scores) / len(scores)
+
+
+def mean_iou(pred, target, classes, ignore=0):               # integer maps of one shape, or lists of such maps -> fraction, or None
+    """Mean over classes of intersection / union, each summed over the whole split (ADE20K's; formats 9.6). Pixels whose target is `ignore` count
+    nowhere; a class that is neither there nor predicted leaves the mean (the reference gives it 0). classes: number of indices, `ignore` included."""
+    counts = torch.zeros(classes ** 2, dtype=torch.long)     # row by target, column by prediction
+    for p, t in [(pred, target)] if isinstance(pred, torch.Tensor) else zip(pred, target, strict=True):
+        assert p.shape == t.shape, f"prediction {tuple(p.shape)} for a target of {tuple(t.shape)}"
+        p, t = p[t != ignore].long().cpu(), t[t != ignore].long().cpu()
+        for name, x in (("prediction", p), ("target", t)):
+            assert len(x) == 0 or 0 <= x.min() and x.max() < classes, f"{name} {x.min()} .. {x.max()} is not in 0 .. {classes - 1}"
+        counts += (classes * t + p).bincount(minlength=classes ** 2)
+    counts = counts.view(classes, classes)
+    both, union = counts.diag().double(), counts.sum(0) + counts.sum(1) - counts.diag()
+    there = (union > 0) & (torch.arange(classes) != ignore)
+    return (both[there] / union[there]).mean().item() if there.any() else None
+
+
+def overlaps(boxes, truths, crowd):                          # (D, 4), (G, 4) of x, y, width, height; crowd (G,) -> (D, G)
+    """Intersection over union; for a crowd, over the box alone."""
+    sides = np.minimum(boxes[:, None, :2] + boxes[:, None, 2:], truths[:, :2] + truths[:, 2:]) - np.maximum(boxes[:, None, :2], truths[:, :2])
+    common_area, area = sides.clip(0).prod(2), boxes[:, None, 2:].prod(2)
+    whole = np.where(crowd, area, area + truths[:, 2:].prod(1) - common_area)
+    return np.divide(common_area, whole, out=np.zeros_like(whole), where=whole > 0)
+
+
+IOUS, SIZES = np.linspace(0.5, 0.95, 10), np.array([(0, 1e10), (0, 32**2), (32**2, 96**2), (96**2, 1e10)])     # all, small, medium, large
+
+
+def match(found, real):
+    """COCO's greedy assignment in one image and class -> hits and detections that do not count (sizes, IoUs, D), normal truths of each size."""
+    boxes, truths = (np.array([x["bbox"] for x in xs], float).reshape(-1, 4) for xs in (found, real))
+    crowd = np.array([bool(x.get("iscrowd")) for x in real], bool)
+    outside, ignored = ((area < SIZES[:, :1]) | (area > SIZES[:, 1:]) for area in (                    # (sizes, D) and (sizes, G); borders belong
+        boxes[:, 2:].prod(1), np.array([x.get("area", x["bbox"][2] * x["bbox"][3]) for x in real], float)))        # to both sizes, as there
+    ignored, iou = ignored | crowd, overlaps(boxes, truths, crowd)
+    hits, void = np.zeros((4, 10, len(found)), bool), np.repeat(outside[:, None], 10, 1)
+    free = np.ones((4, 10, len(real)), bool)
+    for d in np.flatnonzero((iou >= 0.5).any(1)):            # the others match nothing
+        able = (iou[d] >= IOUS[:, None].clip(max=1 - 1e-10)) & (free | crowd)                          # (sizes, IoUs, G); a crowd is never used up
+        normal = able & ~ignored[:, None]
+        able = np.where(normal.any(2, keepdims=True), normal, able)
+        best = len(real) - 1 - np.where(able, iou[d], -1)[..., ::-1].argmax(2)                         # of equal ones the last, as there
+        taken, in_vain = able.any(2), np.take_along_axis(ignored, best, 1)
+        hits[..., d], void[..., d] = taken & ~in_vain, np.where(taken, in_vain, void[..., d])
+        free &= ~(taken[..., None] & (np.arange(len(real)) == best[..., None]))
+    return hits, void, (~ignored).sum(1)
+
+
+def average_precision(detections, truths):                   # COCO dicts -> {"AP", "AP50", "AP75", "S", "M", "L"}: fractions, or None
+    """Box AP as pycocotools counts it (formats 9.7): precision made non-increasing, read at 101 recalls, mean over classes and over IoUs of 0.5 to
+    0.95; S, M, L by area. detections {"image_id", "category_id", "bbox": [x, y, w, h], "score"}, at most the best 100 of an image and class;
+    truths the same without score, and maybe "iscrowd" and "area" (else w * h). None where there is nothing to find."""
+    groups, classes, table = collections.defaultdict(lambda: ([], [])), collections.defaultdict(list), []
+    for kind, rows in enumerate((detections, truths)):
+        for row in rows:
+            groups[row["category_id"], row["image_id"]][kind].append(row)
+    for (c, _), (found, real) in sorted(groups.items(), key=lambda item: item[0]):
+        found = sorted(found, key=lambda d: -d["score"])[:100]
+        classes[c].append((np.array([d["score"] for d in found], float), *match(found, real)))
+    for parts in classes.values():
+        scores, hits, void, real = zip(*parts)
+        order, real = (-np.concatenate(scores)).argsort(kind="stable"), sum(real)
+        hits, void = (np.concatenate(x, 2)[..., order] for x in (hits, void))
+        right, wrong = (hits & ~void).cumsum(2), (~hits & ~void).cumsum(2)
+        precision = np.maximum.accumulate((right / (right + wrong).clip(1))[..., ::-1], 2)[..., ::-1]
+        ap = np.full((4, 10), np.nan)
+        for a, t in itertools.product(np.flatnonzero(real), range(10)):
+            at = np.searchsorted(right[a, t] / real[a], np.linspace(0, 1, 101))
+            ap[a, t] = np.append(precision[a, t], 0)[at].mean()
+        table.append(ap)
+    table = np.array(table).reshape(-1, 4, 10)
+    rows = {"AP": table[:, 0], "AP50": table[:, 0, 0], "AP75": table[:, 0, 5], "S": table[:, 1], "M": table[:, 2], "L": table[:, 3]}
+    return {name: float(x[~np.isnan(x)].mean()) if (~np.isnan(x)).any() else None for name, x in rows.items()}
+
+
+NUMBERS = {"none": "0", **{word: str(n) for n, word in enumerate("zero one two three four five six seven eight nine ten".split())}}
+CONTRACTIONS = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd how'll
+how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've
+shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll that's
+there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's
+where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd
+you'd've you'll you're you've""".split()                     # the reference's: each restored from itself with any one apostrophe missing
+RESTORE = {w[:i] + w[i + 1:]: w for w in CONTRACTIONS for i, char in enumerate(w) if char == "'"} | {"somebody'd": "somebodyd"}
+
+
+def plain_answer(text):
+    """An answer as VQA's official evaluation compares it, its slips included (formats 9.9)."""
+    touched = re.search(r"\d,\d", text)
+    out = text
+    for mark in ';/[]"{}()=+\\_-><@`,?!':
+        out = out.replace(mark, "" if touched or f"{mark} " in text or f" {mark}" in text else " ")
+    out = re.sub(r"\.(?!\d)", "", out, count=32)             # the reference passes a flag in the place of the count
+    out = [NUMBERS.get(w, w) for w in out.lower().split()]
+    return " ".join(RESTORE.get(w, w) for w in out if w not in ("a", "an", "the"))
+
+
+def vqa_accuracy(answer, answers):                           # str, [str] (ten of them) -> fraction
+    """VQA's: the mean over the human answers of min(1, how many of the others equal the answer / 3); compared as plain_answer() has them, but as
+    they stand where all humans agree. One human answer alone: equal or not (ours)."""
+    answer, *answers = (a.replace("\n", " ").replace("\t", " ").strip() for a in (answer, *answers))
+    assert answers, "a question needs an answer to compare with"
+    if len(set(answers)) > 1:
+        answer, *answers = map(plain_answer, (answer, *answers))
+    equal = [a == answer for a in answers]
+    return sum(min(1, (sum(equal) - e) / 3) for e in equal) / len(equal) if len(equal) > 1 else float(equal[0])
 
 
 # ---- pictures: PIL only, sizes in pixels ----
@@ -355,6 +538,31 @@ def curves(log, path, fields, title=""):
     page.save(path)
 
 
+def bars(groups, names, path, title=""):                     # {label: [fraction or None for each name]}
+    """Write bars from 0 to 100 %: a group for each label, in it a bar for each name that has a value."""
+    left, wide, thick, top = 230, 560, 15, 48 + 18 * len(names)
+    values = {label: [(i, v) for i, v in enumerate(row) if v is not None and math.isfinite(v)] for label, row in groups.items()}
+    page, draw = blank(left + wide + 70, top + 30 + sum(thick * max(1, len(row)) + 12 for row in values.values()), title)
+    colours = [BLUE, "#e08e2b", "#3d9a6b", RED, "#7b5ea7", "#6b6b6b", "#4fb3bf", "#b59b3a"]
+    for i, name in enumerate(names):
+        draw.rectangle((left, 42 + 18 * i, left + 10, 52 + 18 * i), colours[i % 8])
+        draw.text((left + 18, 47 + 18 * i), name, INK, FONT, "lm")
+    for share in range(0, 101, 20):
+        x = left + wide * share // 100
+        draw.line((x, top, x, page.height - 24), PALE)
+        draw.text((x, page.height - 20), f"{share} %", GREY, FONT, "ma")
+    y = top + 6
+    for label, row in values.items():
+        tall = thick * max(1, len(row))
+        draw.text((left - 10, y + tall / 2), "".join(wrap(label, FONT, left - 24, 1)), INK, FONT, "rm")
+        for n, (i, v) in enumerate(row):
+            end = left + wide * min(max(v, 0), 1)
+            draw.rectangle((left, y + thick * n + 1, end, y + thick * (n + 1) - 2), colours[i % 8])
+            draw.text((end + 5, y + thick * (n + 0.5)), f"{100 * v:.1f}", INK, FONT, "lm")
+        y += tall + 12
+    page.save(path)
+
+
 def overlay(image, what, path=None):
     """PIL picture with `what` drawn over it, written to path if given. Images under 224 first grow by a whole number: labels need room.
 
@@ -412,12 +620,13 @@ def view_of(model):
     return (lambda image: data.squash(image, size, full=model.resize)) if hasattr(model, "resize") else lambda image: data.centre(image, size)
 
 
-def share_of(index):
-    return range(rank() * len(index) // world(), (rank() + 1) * len(index) // world())
+def share_of(n):
+    """This rank's part of n things."""
+    return range(rank() * n // world(), (rank() + 1) * n // world())
 
 
 def decoded(index, numbers, wanted, model):
-    """[(uint8 image (3, S, S), wanted(sample), its number), or the reason why there is none], in order."""
+    """[(uint8 image (3, S, S), wanted(sample), its number)] in order, and the reasons why some have none."""
     view = view_of(model)
 
     def one(i):
@@ -427,18 +636,23 @@ def decoded(index, numbers, wanted, model):
         except data.Skip as reason:
             return str(reason)
     with ThreadPoolExecutor(os.cpu_count()) as pool:         # Pillow lets go of the interpreter while it decodes
-        return list(pool.map(one, numbers))
+        rows = list(pool.map(one, numbers))
+    return [r for r in rows if not isinstance(r, str)], [r for r in rows if isinstance(r, str)]
+
+
+def tell(lost, n):
+    """Say how many of n samples could not be used, and why."""
+    if lost:
+        print(f"warning: {len(lost)} of {n} samples left out of the evaluation: {', '.join(sorted(set(lost)))}", file=sys.stderr)
 
 
 def read(index, wanted, model):
     """This rank's share of an index -> uint8 images (n, 3, S, S), wanted(sample) of each, their sample numbers. Unusable samples are
     left out and counted aloud."""
-    size, rows = model.vision.grid * model.vision.patch, decoded(index, share_of(index), wanted, model)
-    lost, rows = [r for r in rows if isinstance(r, str)], [r for r in rows if not isinstance(r, str)]
+    size, (rows, lost) = model.vision.grid * model.vision.patch, decoded(index, share_of(len(index)), wanted, model)
     if not sum(common.all_gather(torch.tensor([len(rows)])).tolist()):
         raise UserError(f"none of the {len(index)} samples of {index.paths[0]} ... can be evaluated: {', '.join(sorted(set(lost)))}")
-    if lost:
-        print(f"warning: {len(lost)} of {len(rows) + len(lost)} samples left out of the evaluation: {', '.join(sorted(set(lost)))}", file=sys.stderr)
+    tell(lost, len(rows) + len(lost))
     images, extras, ids = zip(*rows) if rows else ((), (), ())
     return torch.from_numpy(np.array(images, np.uint8).reshape(-1, 3, size, size)), list(extras), torch.tensor(ids, dtype=torch.long)
 
@@ -463,42 +677,95 @@ def encode_texts(model, tokenizer, texts, cfg, device):
     return in_batches(model.encode_text, cfg, device, *tokenize(tokenizer, texts, cfg))
 
 
-def embed_pairs(model, tokenizer, index, cfg, device):
+class Store:
+    """Features of one checkpoint, each kind of each index computed once: kept in memory and, where a folder is given, in files there that a later
+    call reads. Their names hold the hashes of checkpoint and index, so only a change of this code leaves them stale."""
+    def __init__(self, folder=None, digest=""):
+        self.folder, self.digest, self.found = folder, digest, {}
+
+    def __call__(self, kind, index, make):
+        name = f"{kind}-{self.digest}-{os.path.basename(index.file)[:12]}.pt"
+        path = os.path.join(self.folder, name) if self.folder else ""
+        if name not in self.found and os.path.exists(path):  # on all ranks or on none: rank 0 writes it when all have given their part
+            self.found[name] = torch.load(path, weights_only=True, mmap=True)
+        elif name not in self.found:
+            self.found[name] = make()
+            if path and rank() == 0:
+                try:
+                    torch.save(self.found[name], path + ".tmp")
+                    os.replace(path + ".tmp", path)
+                except (OSError, RuntimeError) as error:     # torch's word for a folder that may not be written
+                    print(f"warning: features are not kept in {path} ({str(error).partition(chr(10))[0]})", file=sys.stderr)
+        return self.found[name]
+
+
+# What is computed of images: the joint embedding, and what a frozen encoder gives to a probe.
+KINDS = {"images": lambda model: model.encode_image, "pooled": lambda model: lambda x: model.vision.patch_tokens(x).mean(1),
+         "tokens": lambda model: model.vision.patch_tokens}
+
+
+def class_or_none(sample):
+    with contextlib.suppress(data.Skip):
+        return sample.label()
+    return -1
+
+
+def embed(kind, model, index, cfg, device, store=None, block=2048):
+    """Shards of any size -> features of one of KINDS (I, ...), class (I,), -1 = none, and sample number (I,) of every readable image. The
+    others are counted aloud."""
+    def make():
+        fn, dtype = KINDS[kind](model), torch.float16 if kind == "tokens" else torch.float32     # tokens are many: half precision
+        size, share = model.vision.grid * model.vision.patch, share_of(len(index))
+        features, classes, numbers, lost = [in_batches(fn, cfg, device, torch.zeros(0, 3, size, size, dtype=torch.uint8)).to(dtype)], [], [], []
+        for start in tqdm(range(share.start, share.stop, block), "embedding", unit=f"{block} images", leave=False, disable=rank() > 0 or None):
+            rows, without = decoded(index, range(start, min(start + block, share.stop)), class_or_none, model)
+            lost += without
+            if rows:
+                images, labels, ids = zip(*rows)
+                features.append(in_batches(fn, cfg, device, torch.from_numpy(np.stack(images))).to(dtype))
+                classes, numbers = classes + list(labels), numbers + list(ids)
+        tell(lost, len(share))
+        return collect(torch.cat(features)), *(collect(torch.tensor(x, dtype=torch.long)) for x in (classes, numbers))
+    found = (store or Store())(kind, index, make)
+    if not len(found[0]):
+        raise UserError(f"none of the {len(index)} samples of {index.paths[0]} ... has a readable image")
+    return found
+
+
+def embed_labelled(kind, model, index, cfg, device, store=None):
+    """Features, labels (I,) and sample numbers (I,) of the images that have a class."""
+    found = embed(kind, model, index, cfg, device, store)
+    has = found[1] >= 0
+    if not has.any():
+        raise UserError(f"none of the {len(index)} samples of {index.paths[0]} ... can be evaluated: no class")
+    if rank() == 0:
+        tell(["no class"] * int((~has).sum()), len(has))
+    return found if has.all() else [x[has] for x in found]
+
+
+def embed_pairs(model, tokenizer, index, cfg, device, store=None):
     """Captioned shards -> images (I, E), texts (T, E), owner (T,) = each text's image, ids (I,) = sample numbers in the index."""
-    images, captions, ids = read(index, lambda s: s.captions(lines=True), model)
-    image = in_batches(model.encode_image, cfg, device, images)
-    text = encode_texts(model, tokenizer, [c for cs in captions for c in cs], cfg, device)
-    before = sum(common.all_gather(torch.tensor([len(image)])).tolist()[:rank()])
-    owner = before + torch.repeat_interleave(torch.arange(len(captions)), torch.tensor([len(c) for c in captions], dtype=torch.long))
-    return tuple(map(collect, (image, text, owner, ids)))
+    image, _, ids = embed("images", model, index, cfg, device, store)
 
-
-def pooled(model, index, cfg, device):
-    """Labelled shards -> mean patch tokens after the final norm (I, D) and labels (I,)."""
-    images, labels, _ = read(index, lambda s: s.label(), model)
-    tokens = lambda x: model.vision(x)[:, model.vision.cls_token is not None:].mean(1)
-    return collect(in_batches(tokens, cfg, device, images)), collect(torch.tensor(labels, dtype=torch.long))
+    def make():
+        captions = []
+        for i in ids[share_of(len(ids))].tolist():
+            try:
+                captions.append(index[i].captions(lines=True))
+            except data.Skip:
+                captions.append([])
+        counts = collect(torch.tensor([len(c) for c in captions], dtype=torch.long))
+        if not counts.any():
+            raise UserError(f"none of the {len(index)} samples of {index.paths[0]} ... can be evaluated: no caption")
+        return collect(encode_texts(model, tokenizer, [c for cs in captions for c in cs], cfg, device)), counts
+    text, counts = (store or Store())("texts", index, make)
+    if rank() == 0:
+        tell(["no caption"] * int((counts == 0).sum()), len(counts))
+    has = counts > 0
+    return image[has], text, torch.repeat_interleave(torch.arange(int(has.sum())), counts[has]), ids[has]
 
 
 # ---- search ----
-
-def embed_images(model, index, cfg, device, cache, block=2048):
-    """Shards of any size -> images (I, E) unit and their sample numbers (I,); kept in the file `cache`, which the next call reads instead."""
-    if not os.path.exists(cache):
-        size, numbers, share = model.vision.grid * model.vision.patch, [], share_of(index)
-        features = [in_batches(model.encode_image, cfg, device, torch.zeros(0, 3, size, size, dtype=torch.uint8))]       # tells the width
-        for start in tqdm(range(share.start, share.stop, block), "embedding", unit=f"{block} images", leave=False, disable=rank() > 0 or None):
-            rows = [r for r in decoded(index, range(start, min(start + block, share.stop)), lambda s: None, model) if not isinstance(r, str)]
-            if rows:
-                features.append(in_batches(model.encode_image, cfg, device, torch.from_numpy(np.stack([r[0] for r in rows]))))
-                numbers += [r[2] for r in rows]
-        found = [collect(torch.cat(features)), collect(torch.tensor(numbers, dtype=torch.long))]
-        if rank() == 0:
-            torch.save(found, cache + ".tmp")
-            os.replace(cache + ".tmp", cache)
-        return found
-    return torch.load(cache, weights_only=True)
-
 
 def compose(image=None, text=None, minus=None, weights=(1, 2)):
     """Query (E,) of unit vectors (E,): weights[0] * image + weights[1] * (text - minus), made unit (ALIGN s7, footnote 4: 1 and 2)."""
@@ -507,7 +774,7 @@ def compose(image=None, text=None, minus=None, weights=(1, 2)):
     return F.normalize(sum(parts), dim=0)
 
 
-def search(model, tokenizer, cfg, device, index, cache, out, text=None, image=None, minus=None, weights=(1, 2), k=20):
+def search(model, tokenizer, cfg, device, index, store, out, text=None, image=None, minus=None, weights=(1, 2), k=20):
     """The k images of an index nearest to a text, an image file, or both: out/search.png, and [(score, key)], best first."""
     def words_of(query):
         return encode_texts(model, tokenizer, [query], cfg, device)[0] if query else None
@@ -518,9 +785,7 @@ def search(model, tokenizer, cfg, device, index, cache, out, text=None, image=No
                 picture = data.Sample(image, {"jpg": file.read()}).image()
         except (OSError, data.Skip) as error:
             raise UserError(f"--image {image} cannot be read ({error}): give a JPEG, PNG or WebP file") from None
-    features, numbers = embed_images(model, index, cfg, device, cache)
-    if not len(features):
-        raise UserError(f"none of the {len(index)} samples of {index.paths[0]} ... has a readable image")
+    features, _, numbers = embed("images", model, index, cfg, device, store)
     own = picture and in_batches(model.encode_image, cfg, device, torch.from_numpy(view_of(model)(picture))[None])[0]
     best = (features @ compose(own, words_of(text), words_of(minus), weights)).topk(min(k, len(features)))
     found = [(score, int(numbers[i])) for score, i in zip(best.values.tolist(), best.indices.tolist())]
@@ -543,60 +808,97 @@ def class_names(paths):
 
 
 def fitting(labels, names, paths):
-    """Labels of all ranks (I,); UserError where one has no name."""
-    labels = collect(torch.tensor(labels, dtype=torch.long))
+    """The labels (I,); UserError where one has no name."""
     if int(labels.max()) >= len(names):
         raise UserError(f"label {int(labels.max())} in {paths[0]}, but only {len(names)} class names beside it")
     return labels
 
 
-def zeroshot(model, tokenizer, paths, cfg, device):
+def judged(name, pred, labels):
+    """Accuracy, and the mean of the classes' accuracies, which counts rare classes as much as frequent ones."""
+    return [(name, float((pred == labels).double().mean()), len(labels)), (f"{name}_mean_per_class", mean_per_class(pred, labels), len(labels))]
+
+
+def pair_scores(model, tokenizer, index, ids, texts, cfg, device):
+    """-> fn(image (n,), text (n,)) = model.score of those pairs of samples `ids` and texts. The tokens of all images are held in memory, in half
+    precision."""
+    rows, _ = decoded(index, ids[share_of(len(ids))].tolist(), lambda s: None, model)
+    size = model.vision.grid * model.vision.patch
+    images = torch.from_numpy(np.array([r[0] for r in rows], np.uint8).reshape(-1, 3, size, size))
+    seen, (tokens, valid) = collect(in_batches(model.vision, cfg, device, images).half()), tokenize(tokenizer, texts, cfg)
+    fn = lambda i, t: model.score(*(x[n.cpu()].to(device) for x, n in ((seen, i), (tokens, t), (valid, t))))
+    return lambda i, t: in_batches(fn, cfg, device, i, t)
+
+
+def zeroshot(model, tokenizer, paths, cfg, device, store=None):
     """Prompt ensembling (formats of CLIP_benchmark): templates x class names beside the shards. With unseen.txt there, classes that never
-    occurred in training are scored apart; every image competes among all classes."""
-    names = class_names(paths)
+    occurred in training are scored apart; every image competes among all classes. With model.rerank also _itm: each image's 16 best classes in
+    the order of the mean of the prompts' scores."""
+    names, index = class_names(paths), rank0_first(lambda: data.Index(paths))
     templates = data.beside(paths, "zeroshot_classification_templates.txt") or ["a photo of a {c}."]
-    index = rank0_first(lambda: data.Index(paths))
-    images, labels, _ = read(index, lambda s: s.label(), model)
-    image, labels = collect(in_batches(model.encode_image, cfg, device, images)), fitting(labels, names, paths)
+    image, labels, ids = embed_labelled("images", model, index, cfg, device, store)
+    labels, P = fitting(labels, names, paths), len(templates)
     prompts = [t.replace("{c}", n).replace("{}", n) for n in names for t in templates]
-    classes = prompt_ensemble(encode_texts(model, tokenizer, prompts, cfg, device).view(len(names), len(templates), -1))
-    scores = image @ classes.T
-    groups = seen_and_unseen(paths, names, labels)
-    found = [(f"zeroshot{suffix}", accuracy(scores[rows], labels[rows]), int(rows.sum())) for suffix, rows in groups.items()]
-    return found + [(f"zeroshot{suffix}_top5", accuracy(scores[rows], labels[rows], 5), int(rows.sum()))
-                    for suffix, rows in groups.items() if len(names) > 5]
+    scores = {"": image @ prompt_ensemble(encode_texts(model, tokenizer, prompts, cfg, device).view(len(names), P, -1)).T}
+    if getattr(model, "rerank", False):
+        pair = pair_scores(model, tokenizer, index, ids, prompts, cfg, device)
+        scores["_itm"] = rerank(scores[""], lambda i, c: torch.stack([pair(i, c * P + p) for p in range(P)]).mean(0))
+    found = []
+    for (suffix, rows), (mark, s) in itertools.product(seen_and_unseen(paths, names, labels).items(), scores.items()):
+        name, s, own = f"zeroshot{suffix}{mark}", s[rows], labels[rows]
+        found += judged(name, own.where(ranks(s, own) < 1, -1), own)
+        found += [(f"{name}_top5", accuracy(s, own, 5), len(own))] if len(names) > 5 else []
+    return found
 
 
-def retrieval(model, tokenizer, paths, cfg, device):
-    """Recall at 1, 5, 10 both ways over all captions of all images."""
-    image, text, owner, _ = embed_pairs(model, tokenizer, rank0_first(lambda: data.Index(paths)), cfg, device)
-    recall = recall_at_k(text @ image.T, owner)
-    return [(f"{way}_r{k}", v, len(image) if way == "i2t" else len(text)) for way, at in recall.items() for k, v in at.items()]
+def retrieval(model, tokenizer, paths, cfg, device, store=None):
+    """Recall at 1, 5, 10 both ways over all captions of all images. With model.rerank also _itm: each query's 16 best in the order of score."""
+    index = rank0_first(lambda: data.Index(paths))
+    image, text, owner, ids = embed_pairs(model, tokenizer, index, cfg, device, store)
+    sim = text @ image.T
+    recall = {"": recall_at_k(sim, owner)}
+    if getattr(model, "rerank", False):
+        pair = pair_scores(model, tokenizer, index, ids, [c for i in ids.tolist() for c in index[i].captions(lines=True)], cfg, device)
+        by_image, by_text = rerank(sim.T, pair).T, rerank(sim, lambda t, i: pair(i, t))
+        recall["_itm"] = {"i2t": recall_at_k(by_image, owner)["i2t"], "t2i": recall_at_k(by_text, owner)["t2i"]}
+    return [(f"{way}_r{k}{mark}", v, len(image) if way == "i2t" else len(text))
+            for mark, ways in recall.items() for way, at in ways.items() for k, v in at.items()]
 
 
-def frozen(paths, model, cfg, device):
-    """Pooled encoder tokens and labels of the training shards beside the held-out ones, and of these."""
+def frozen(kind, model, paths, cfg, device, store=None):
+    """Features and labels of the training shards beside the held-out ones, and those of the held-out images whose class is among them: no other
+    has a right answer there."""
     bank = bank_of(paths)
     if not bank:
-        raise UserError(f"kNN and a linear probe need labelled training shards: none in the folder of {paths[0]}")
-    return [pooled(model, rank0_first(lambda p=p: data.Index(p)), cfg, device) for p in (bank, paths)]
-
-
-def nearest(model, tokenizer, paths, cfg, device):
-    """Weighted k-nearest-neighbour accuracy (DINO, k = 20) of pooled encoder tokens; the bank is the train part beside the held-out one."""
-    (train, train_labels), (test, labels) = frozen(paths, model, cfg, device)
-    known = torch.isin(labels, train_labels)                 # an image whose class is not in the bank has no right neighbour
-    return [("knn", float((knn(train, train_labels, test[known], min(20, len(train))) == labels[known]).double().mean()), int(known.sum()))]
-
-
-def linear(model, tokenizer, paths, cfg, device):
-    """Accuracy of CLIP's linear probe on pooled encoder tokens, trained on the train part beside the held-out one."""
-    (train, train_labels), (test, labels) = frozen(paths, model, cfg, device)
+        raise UserError(f"kNN and the probes need labelled training shards: none in the folder of {paths[0]}")
+    indices = [rank0_first(lambda p=p: data.Index(p)) for p in (bank, paths)]
+    (train, train_labels, _), (test, labels, _) = (embed_labelled(kind, model, index, cfg, device, store) for index in indices)
     known = torch.isin(labels, train_labels)
-    return [("linear", float((linear_probe(train, train_labels, test[known]) == labels[known]).double().mean()), int(known.sum()))]
+    if not known.any():
+        raise UserError(f"no image of {paths[0]} ... has a class that one of {bank[0]} ... has")
+    return train, train_labels, test[known], labels[known]
 
 
-def caption(model, tokenizer, paths, cfg, device):
+def nearest(model, tokenizer, paths, cfg, device, store=None):
+    """Weighted k-nearest-neighbour accuracy (DINO, k = 20) of pooled encoder tokens; the bank is the train part beside the held-out one."""
+    train, train_labels, test, labels = frozen("pooled", model, paths, cfg, device, store)
+    return judged("knn", knn(train, train_labels, test, min(20, len(train))), labels)
+
+
+def linear(model, tokenizer, paths, cfg, device, store=None, protocol="clip"):
+    """Accuracy of CLIP's or MAE's linear probe on pooled encoder tokens, trained on the train part beside the held-out one."""
+    train, train_labels, test, labels = frozen("pooled", model, paths, cfg, device, store)
+    name, probe = {"clip": ("linear", linear_probe), "mae": ("linear_mae", mae_probe)}[protocol]
+    return judged(name, probe(train, train_labels, test), labels)
+
+
+def attentive(model, tokenizer, paths, cfg, device, store=None):
+    """Accuracy of LCL's attentive probe on the encoder's patch tokens (all of them in memory), trained as the linear one is."""
+    train, train_labels, test, labels = frozen("tokens", model, paths, cfg, device, store)
+    return judged("attentive", attentive_probe(train, train_labels, test, device), labels)
+
+
+def caption(model, tokenizer, paths, cfg, device, store=None):
     """Greedy captions. Captioned shards: BLEU-4 and CIDEr (simple tokens) against all references, and the mean cost of a reference's token given
     its own and given another image. Labelled shards with class names: share of captions in which the name of the class stands."""
     index = rank0_first(lambda: data.Index(paths))
@@ -605,7 +907,7 @@ def caption(model, tokenizer, paths, cfg, device):
     images, labels, numbers = read(index, lambda s: s.label() if labelled else s.captions(lines=True) and 0, model)
     texts = [tokenizer.decode(ids) for ids in collect(in_batches(model.generate, cfg, device, images).long()).tolist()]
     if labelled:
-        labels, plain = fitting(labels, names, paths), [f" {' '.join(words(n))} " for n in names]
+        labels, plain = fitting(collect(torch.tensor(labels, dtype=torch.long)), names, paths), [f" {' '.join(words(n))} " for n in names]
         named = torch.tensor([plain[c] in f" {' '.join(words(t))} " for t, c in zip(texts, labels)])
         groups = seen_and_unseen(paths, names, labels)
         return [(f"named{suffix}", named[rows].double().mean().item(), int(rows.sum())) for suffix, rows in groups.items()]
@@ -637,7 +939,7 @@ def bank_of(paths):
 
 
 # The protocols, and the method of a model that one needs beyond its .vision.
-TASKS = {"zeroshot": zeroshot, "retrieval": retrieval, "knn": nearest, "linear": linear, "caption": caption}
+TASKS = {"zeroshot": zeroshot, "retrieval": retrieval, "knn": nearest, "linear": linear, "attentive": attentive, "caption": caption}
 NEEDS = {"zeroshot": "encode_text", "retrieval": "encode_text", "caption": "generate"}
 
 
@@ -664,27 +966,30 @@ def tasks_for(paths):
 def held_out(cfg):
     """Pairs to draw pictures from: the first captioned --val, else training shards -> (Index, what they are)."""
     paths = next((p for p in (data.expand(v, "test") for v in cfg.val or ()) if "retrieval" in tasks_for(p)), None)
-    return rank0_first(lambda: data.Index(paths or data.expand(cfg.data or cfg.labels)[:1])), f"{'held-out pairs' if paths else 'training images'}"
+    return rank0_first(lambda: data.Index(paths or data.expand(cfg.data or cfg.labels)[:1])), "held-out pairs" if paths else "training images"
+
+
+def shown(name, value):
+    return "-" if value is None else f"{value:.3f}" if name.startswith(("nats", "cider")) else f"{100 * value:.1f} %"
 
 
 def table(rows):
     """[(metric, value, n)] as lines of text."""
-    def shown(name, value):
-        return "-" if value is None else f"{value:8.3f}" if name.startswith(("nats", "cider")) else f"{100 * value:6.1f} %"
-    return "\n".join(f"  {name:<28}{shown(name, value)}   n = {n:,}" for name, value, n in rows)
+    return "\n".join(f"  {name:<32}{shown(name, value):>9}   n = {n:,}" for name, value, n in rows)
 
 
 def evaluate(model, tokenizer, cfg, device):
-    """A script's own evaluation on cfg.val: prints a table, writes out/result.json, returns it (flat, fractions)."""
+    """A script's own evaluation on cfg.val: prints a table, writes out/result.json, returns it (flat, fractions). The attentive probe, which takes
+    longer, is left to the command line."""
     if not cfg.val:
         print0("no --val: nothing held out to evaluate on")
         return {}
-    rows = []
+    rows, store = [], Store()
     for pattern in cfg.val:
         paths = data.expand(pattern, "test")
         for task in tasks_for(paths):
             if able(model, task):
-                rows += TASKS[task](model, tokenizer, paths, cfg, device)
+                rows += TASKS[task](model, tokenizer, paths, cfg, device, store)
     print0(f"held out:\n{table(rows)}")
     result = {name: value for name, value, _ in rows}
     write(result, cfg)
@@ -719,47 +1024,154 @@ def load(path, device="cpu"):
     return model.to(device).eval(), data.Tokenizer.loads(state["vocab"]), cfg, digest
 
 
-def main(argv=None):
-    parser = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("task", choices=[*TASKS, "search"])
-    parser.add_argument("checkpoint", nargs="+")
-    parser.add_argument("--data", nargs="+", help="held-out shards; none = the built-in world's")
-    parser.add_argument("--out", help="folder: result lines are added to eval.jsonl there; search writes its picture there [runs/search]")
-    parser.add_argument("--text", help="search: what the images should show")
-    parser.add_argument("--image", help="search: a picture file, alone or together with --text")
-    parser.add_argument("--minus", help="search: what they should not show")
-    parser.add_argument("--weights", nargs=2, type=float, default=(1, 2), help="search: of image and text [1 2]")
-    parser.add_argument("--k", type=int, default=20, help="search: how many images [20]")
-    args = parser.parse_args(argv)
-    if args.task == "search" and not (args.text or args.image):
-        raise UserError("search needs --text, --image, or both")
-    if args.task != "search" and (args.text or args.image or args.minus):
-        raise UserError(f"--text, --image and --minus belong to search, not to {args.task}")
-    device = common.join()
-    patterns = args.data
-    if not patterns:
-        folder = rank0_first(data.make_world)
-        patterns = [f"{folder}/{'pairs' if args.task in ('retrieval', 'caption', 'search') else 'labels'}"]
-    paths = data.expand(patterns, "test")
+def data_sets(args, *parts, apart=False):
+    """[(name, files)]: --data, where each of several folders is a data set; or these parts of the built-in world. apart: so is each pattern."""
+    given = args.data or [f"{folder}/{part}" for folder in [rank0_first(data.make_world)] for part in parts]
+    apart = apart or len(given) > 1 and all(map(os.path.isdir, given))
+    return [(" ".join(g), data.expand(g, "test")) for g in ([[g] for g in given] if apart else [given])]
+
+
+def records(task, subject, name, paths, device, **how):
+    """One protocol on one data set -> what is kept of each metric."""
+    model, tokenizer, cfg, digest, store = subject
+    return [{"metric": m, "value": v, "n": n, "protocol": task, "split": name, "checkpoint": digest, "seed": cfg.seed}
+            for m, v, n in TASKS[task](model, tokenizer, paths, cfg, device, store, **how)]
+
+
+def main_metric(rows):
+    """What stands for a data set in the mean over several (as in DataComp): both R@1, else the first metric, seen and unseen classes together."""
+    first = rows[0]["metric"]
+    names = ("i2t_r1", "t2i_r1") if first == "i2t_r1" else (first, first.replace("_seen", "_unseen"))
+    rows = [r for r in rows if r["metric"] in names]
+    weights = [1 if first == "i2t_r1" else r["n"] for r in rows]
+    return sum(w * r["value"] for w, r in zip(weights, rows)) / sum(weights)
+
+
+def measure(args, device):
+    """One protocol on each checkpoint: a JSON line for each result, then a table; over several data sets their mean."""
+    sets, how = data_sets(args, "pairs" if args.task in ("retrieval", "caption") else "labels"), {}
+    if args.task == "linear":
+        how["protocol"] = args.protocol
     for checkpoint in args.checkpoint:
-        model, tokenizer, cfg, digest = load(checkpoint, device)
-        if not able(model, args.task) or args.task == "search" and (args.text or args.minus) and not able(model, "retrieval"):
-            raise UserError(f"{checkpoint} is a {type(model).__name__}: it can do {', '.join(t for t in TASKS if able(model, t))}")
-        if args.task == "search":
-            index = rank0_first(lambda: data.Index(paths))
-            cache = os.path.join(os.path.dirname(checkpoint), f"images-{digest}-{os.path.basename(index.file)[:8]}.pt")
-            query = dict(text=args.text, image=args.image, minus=args.minus, weights=args.weights, k=args.k)
-            found = search(model, tokenizer, cfg, device, index, cache, args.out or "runs/search", **query)
-            print0("\n".join(f"{score:7.3f}  {key}" for score, key in found))
-            continue
-        rows = TASKS[args.task](model, tokenizer, paths, cfg, device)
-        lines = [json.dumps({"metric": m, "value": v, "n": n, "protocol": args.task, "split": " ".join(patterns), "checkpoint": digest,
-                             "seed": cfg.seed}) for m, v, n in rows]
-        print0("\n".join([*lines, f"{checkpoint}, {args.task} on {' '.join(patterns)}:", table(rows)]))
+        subject, found = opened(checkpoint, device, args.task), []
+        for name, paths in sets:
+            found.append(records(args.task, subject, name, paths, device, **how))
+        if len(sets) > 1:
+            mean = sum(map(main_metric, found)) / len(found)
+            found.append([{**found[0][0], "metric": "mean", "value": mean, "n": len(found), "split": " ".join(name for name, _ in sets)}])
+        for rows in found:
+            told = table([(r["metric"], r["value"], r["n"]) for r in rows])
+            print0("\n".join([*map(json.dumps, rows), f"{checkpoint}, {args.task} on {rows[0]['split']}:", told]))
         if args.out and rank() == 0:
             os.makedirs(args.out, exist_ok=True)
             with open(os.path.join(args.out, "eval.jsonl"), "a") as f:
-                f.write("\n".join(lines) + "\n")
+                f.writelines(json.dumps(r) + "\n" for rows in found for r in rows)
+
+
+def compare(args, device):
+    """Every protocol that each checkpoint can do, side by side: compare.md, compare.json and compare.png in --out."""
+    found, columns, out = [], {}, args.out or "runs/compare"
+    for checkpoint in args.checkpoint:
+        subject = opened(checkpoint, device)
+        label = f"{type(subject[0]).__name__} {os.path.basename(os.path.dirname(os.path.abspath(checkpoint)))}"
+        columns[subject[3]] = label if label not in columns.values() else f"{label} {subject[3][:4]}"
+        for name, paths in data_sets(args, "pairs", "labels", apart=True):
+            tasks = tasks_for(paths)
+            for task in tasks + ["attentive"] * ("knn" in tasks):
+                if able(subject[0], task):
+                    print0(f"{columns[subject[3]]}: {task} on {name}")
+                    found += records(task, subject, name, paths, device)
+    if rank():
+        return
+    cells = collections.defaultdict(dict)
+    for r in found:
+        cells[os.path.basename(r["split"].rstrip("/")), r["metric"], r["n"]][r["checkpoint"]] = r["value"]
+    lines = [f"| data | metric | n | {' | '.join(columns.values())} |", "|---" * (3 + len(columns)) + "|"]
+    for (split, metric, n), values in cells.items():
+        lines.append(f"| {split} | {metric} | {n:,} | {' | '.join(shown(metric, values.get(c)) for c in columns)} |")
+    print0("\n".join(lines))
+    os.makedirs(out, exist_ok=True)
+    with open(f"{out}/compare.md", "w") as f:
+        f.write("\n".join(lines) + "\n")
+    with open(f"{out}/compare.json", "w") as f:
+        json.dump({"checkpoints": columns, "results": found}, f, indent=1)
+    drawn = {f"{metric}, {split}": [values.get(c) for c in columns] for (split, metric, _), values in cells.items()
+             if not metric.startswith(("nats", "cider")) and not metric.endswith(("mean_per_class", "top5", "r5", "r10"))}
+    bars(drawn, list(columns.values()), f"{out}/compare.png", "Held out, frozen checkpoints")
+
+
+def export(args, device):
+    """The encoder of a checkpoint as timm names it, in float32: FILE.safetensors (written by hand; formats 10.6) or FILE.pt."""
+    if len(args.checkpoint) > 1 or not args.out or not args.out.endswith((".safetensors", ".pt")):
+        raise UserError(f"export takes one checkpoint and --out FILE.safetensors or FILE.pt, not {len(args.checkpoint)} and --out {args.out}")
+    model, _, _, digest = load(args.checkpoint[0])
+    vision = model.vision
+    tensors = {name: x.detach().float().contiguous() for name, x in vision.state_dict().items()}
+    told = {name: json.dumps([round(v, 6) for v in getattr(vision, name).flatten().tolist()]) for name in ("mean", "std")}
+    meta = {"format": "pt", "method": type(model).__name__, "checkpoint": digest, "image_size": str(vision.grid * vision.patch),
+            "patch": str(vision.patch), "heads": str(vision.blocks[0].attn.heads), "pooling": "avg", **told}     # avg: timm's, with fc_norm=False
+    if rank() == 0:
+        os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
+        if args.out.endswith(".pt"):
+            torch.save({"model": tensors, "metadata": meta}, args.out)
+        else:
+            header, at = {"__metadata__": meta}, 0
+            for name, x in tensors.items():
+                header[name] = {"dtype": "F32", "shape": list(x.shape), "data_offsets": [at, at := at + 4 * x.numel()]}
+            text = json.dumps(header).encode()
+            text += b" " * (-len(text) % 8)
+            with open(args.out, "wb") as f:
+                f.write(len(text).to_bytes(8, "little") + text)
+                f.writelines(x.numpy().astype("<f4").tobytes() for x in tensors.values())
+    print0(f"{args.out}: encoder of a {meta['method']}, {len(tensors)} tensors, {sum(x.numel() for x in tensors.values()):,} parameters; " +
+           ", ".join(f"{k} {meta[k]}" for k in ("image_size", "patch", "heads", "pooling", "mean", "std")))
+
+
+def find(args, device):
+    """The search of each checkpoint."""
+    if not (args.text or args.image):
+        raise UserError("search needs --text, --image, or both")
+    paths = [p for _, files in data_sets(args, "pairs") for p in files]
+    index = rank0_first(lambda: data.Index(paths))
+    for checkpoint in args.checkpoint:
+        model, tokenizer, cfg, _, store = opened(checkpoint, device, "retrieval" if args.text or args.minus else None)
+        query = dict(text=args.text, image=args.image, minus=args.minus, weights=args.weights, k=args.k)
+        found = search(model, tokenizer, cfg, device, index, store, args.out or "runs/search", **query)
+        print0("\n".join(f"{score:7.3f}  {key}" for score, key in found))
+
+
+def opened(checkpoint, device, task=None):
+    """load(), and the store of its features, which is the checkpoint's folder. UserError if it cannot do the task."""
+    model, tokenizer, cfg, digest = load(checkpoint, device)
+    if task and not able(model, task):
+        raise UserError(f"{checkpoint} is a {type(model).__name__}: it can do {', '.join(t for t in TASKS if able(model, t))}")
+    return model, tokenizer, cfg, digest, Store(os.path.dirname(os.path.abspath(checkpoint)), digest)
+
+
+COMMANDS = {**dict.fromkeys(TASKS, measure), "search": find, "compare": compare, "export": export}
+FLAGS = {                                                    # flags of one command, which no other takes
+    "--protocol": ("linear", dict(help="whose probe, clip or mae [clip]", choices=("clip", "mae"), default="clip")),
+    "--text": ("search", dict(help="what the images should show")),
+    "--image": ("search", dict(help="a picture file, alone or together with --text")),
+    "--minus": ("search", dict(help="what they should not show")),
+    "--weights": ("search", dict(help="of image and text [1 2]", nargs=2, type=float, default=(1, 2))),
+    "--k": ("search", dict(help="how many images [20]", type=int, default=20))}
+
+
+def main(argv=None):
+    parser = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("task", choices=list(COMMANDS))
+    parser.add_argument("checkpoint", nargs="+")
+    parser.add_argument("--data", nargs="+", help="held-out shards; each of several folders is a data set; none = the built-in world's")
+    parser.add_argument("--out", help="folder for eval.jsonl, to which results are added; search [runs/search], compare [runs/compare]: for what "
+                                      "they write; export: the file")
+    for flag, (owner, how) in FLAGS.items():
+        parser.add_argument(flag, **{**how, "help": f"{owner}: {how['help']}"})
+    args = parser.parse_args(argv)
+    for flag, (owner, how) in FLAGS.items():
+        if owner != args.task and getattr(args, flag[2:]) != how.get("default"):
+            raise UserError(f"{flag} belongs to {owner}, not to {args.task}")
+    COMMANDS[args.task](args, common.join())
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ class Config:
     val: list = None             # held-out shards: with captions -> retrieval and captioning, with classes -> zero-shot, kNN, linear probe
     out: str = "runs/lcl"        # checkpoints, log, results and pictures; a second start here resumes
     fresh: bool = False          # start anew in --out
+    init: str = None             # file of timm-named encoder weights to start from; tells dim, depth, heads, patch unless they are given
     # image tower
     image_size: int = 224        # LCL code
     scale: float = 0.9           # LCL code: least area of the random resized crop
@@ -383,6 +384,7 @@ def main(cfg):
     tokenizer = common.rank0_first(lambda: data.vocabulary(cfg, indices[1] or indices[0], state))
     rows, share = data.mixture(cfg, indices, cfg.docs_share, partial(example, cfg=cfg, tokenizer=tokenizer))
     model = LCL(cfg).to(device)
+    common.init_encoder(model.vision, cfg.init)
     opt = common.adamw(model, cfg, betas=(0.9, 0.98), eps=1e-6)                                  # LCL code
     first, peak = common.restore(state, model, opt), cfg.lr
     common.describe(cfg, device, model, rows, first, peak)

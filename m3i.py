@@ -51,6 +51,7 @@ class Config:
     val: list = None             # held-out shards: with captions -> retrieval, with classes -> zero-shot, kNN, linear probe
     out: str = "runs/m3i"        # checkpoints, log, results and pictures; a second start here resumes
     fresh: bool = False          # start anew in --out
+    init: str = None             # file of timm-named encoder weights to start from; tells dim, depth, heads, patch unless they are given
     # encoder and views
     image_size: int = 224        # SiameseIM
     scale: float = 0.2           # ours: least area of a view (SiameseIM 0.08 for 1600 epochs)
@@ -492,6 +493,9 @@ def main(cfg):
     tokenizer = common.rank0_first(lambda: data.vocabulary(cfg, indices[0], state, names or ()))
     rows, share = data.mixture(cfg, indices, cfg.labels_share, partial(example, cfg=cfg, tokenizer=tokenizer))
     model = M3I(cfg).to(device)
+    common.init_encoder(model.vision, cfg.init)
+    if cfg.init and model.ema:
+        model.follow(0)                                      # the averaged encoder starts where the online one does
     opt = common.adamw(model, cfg, betas=(0.9, 0.95))        # SiameseIM
     first, peak = common.restore(state, model, opt), cfg.lr * cfg.batch / 256
     common.describe(cfg, device, model, rows, first, peak)

@@ -34,6 +34,7 @@ class Config:
     val: list = None             # held-out shards: with captions -> captioning, with classes -> kNN, linear probe, classes named
     out: str = "runs/mug"        # checkpoints, log, results and pictures; a second start here resumes
     fresh: bool = False          # start anew in --out
+    init: str = None             # file of timm-named encoder weights to start from; tells dim, depth, heads, patch unless they are given
     # encoder
     image_size: int = 224        # MAE; the authors' demo
     scale: float = 0.2           # MAE: least area of the random resized crop
@@ -253,6 +254,7 @@ def main(cfg):
     tokenizer = common.rank0_first(lambda: data.vocabulary(cfg, index, state))
     plan = data.Plan(index.starts, cfg.batch, cfg.seed, cfg.window)
     model = MUG(cfg).to(device)
+    common.init_encoder(model.vision, cfg.init)
     opt = common.adamw(model, cfg, betas=(0.9, 0.95))        # MAE
     first, peak = common.restore(state, model, opt), cfg.lr * cfg.batch / 256                    # linear scaling rule, MAE
     rows = [data.Rows(index, plan, partial(example, cfg=cfg, tokenizer=tokenizer))]

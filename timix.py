@@ -47,6 +47,7 @@ class Config:
     val: list = None             # held-out shards: with captions -> retrieval, with classes -> zero-shot, kNN, linear probe
     out: str = "runs/timix"      # checkpoints, log, results and pictures; a second start here resumes
     fresh: bool = False          # start anew in --out
+    init: str = None             # file of timm-named encoder weights to start from; tells dim, depth, heads, patch unless they are given
     # image tower
     image_size: int = 256        # TiMix code
     scale: float = 0.2           # TiMix code: least area of the random resized crop
@@ -319,8 +320,9 @@ class TiMix(ALBEF):
             slow.lerp_(fast[name], 1 - momentum)
 
     def score(self, images, tokens, valid):
-        """Log-odds (B,) that image and text match (ITM)."""
-        x = self.match(self.fuse(self.text(tokens, valid), valid, self.vision(images))[:, 0]).float()
+        """Log-odds (B,) that image and text match (ITM). images (B, 3, S, S), or what self.vision made of them, where each meets many texts."""
+        seen = images if images.ndim == 3 else self.vision(images)
+        x = self.match(self.fuse(self.text(tokens, valid), valid, seen)[:, 0]).float()
         return x[:, 1] - x[:, 0]
 
     @torch.no_grad()
@@ -590,6 +592,9 @@ def main(cfg):
     elif cfg.targets == "relevance":
         raise UserError("--targets relevance needs probabilities of the patch predictor, which boxes teach: there are none in this data")
     model = TiMix(cfg).to(device)
+    common.init_encoder(model.vision, cfg.init)
+    if cfg.init and model.teacher:
+        model.follow(0)                                      # the teacher starts where the model does
     opt = common.adamw(model, cfg, betas=(0.9, 0.999))       # torch's, as TiMix's code
     first, peak = common.restore(state, model, opt), cfg.lr
     common.describe(cfg, device, model, rows, first, peak)

@@ -199,6 +199,158 @@ def test_golden_prompt_ensemble():
     assert torch.allclose(got, torch.tensor([[0.70711, 0.70711], [0, -1]]), atol=1e-5)
 
 
+# -- segmentation --
+
+LABEL, GUESS = torch.tensor([[1, 1, 2, 0], [1, 3, 2, 2]]), torch.tensor([[1, 2, 2, 3], [1, 3, 3, 2]])      # formats 11.5
+
+
+def test_golden_mean_iou_and_classes_that_are_nowhere_leave_the_mean():
+    assert E.mean_iou(GUESS, LABEL, 4) == pytest.approx(5 / 9) == E.mean_iou(GUESS, LABEL, 151)
+    assert E.mean_iou(GUESS - 1, LABEL - 1, 3, ignore=-1) == pytest.approx(5 / 9)            # 0 = a class, -1 = ignored
+
+
+def loop_iou(pred, target, classes, ignore):
+    pairs = [(p, t) for p, t in zip(pred.flatten().tolist(), target.flatten().tolist()) if t != ignore]
+    found = []
+    for c in (c for c in range(classes) if c != ignore):
+        union = sum(p == c or t == c for p, t in pairs)
+        found += [sum(p == t == c for p, t in pairs) / union] if union else []
+    return sum(found) / len(found)
+
+
+@pytest.mark.parametrize("ignore", [0, 3, 255])
+def test_mean_iou_agrees_with_a_loop_over_pixels_and_sums_the_split_before_it_divides(ignore):
+    target, pred = (torch.randint(6, (5, 7, 9), generator=seeded(s)) for s in (1, 2))
+    want = loop_iou(pred, target, 8, ignore)
+    assert E.mean_iou(pred, target, 8, ignore) == pytest.approx(want)
+    maps = [list(x) for x in (pred, target)]
+    assert E.mean_iou(*maps, 8, ignore) == pytest.approx(want)                               # images one by one
+    assert want != pytest.approx(sum(E.mean_iou(p, t, 8, ignore) for p, t in zip(*maps)) / 5, abs=1e-4)
+
+
+def test_perfect_maps_score_1_a_constant_one_the_mean_of_its_share_and_unlabelled_ones_nothing():
+    target = torch.tensor([1, 1, 1, 2, 2, 0])
+    assert E.mean_iou(target, target, 3) == 1 and E.mean_iou(torch.ones(6).long(), target, 3) == pytest.approx(3 / 5 / 2)
+    assert E.mean_iou(target, torch.zeros(6).long(), 3) is None
+    with pytest.raises(AssertionError, match="prediction 0 .. 3 is not in 0 .. 2"):
+        E.mean_iou(GUESS.clamp(max=3) * (LABEL != 2), LABEL.clamp(max=2), 3)
+
+
+# -- boxes --
+
+def box(image, category, where, **more):
+    return {"image_id": image, "category_id": category, "bbox": where, **more}
+
+
+TRUTHS = [box(1, 1, [10, 10, 40, 40]), box(1, 3, [60, 60, 20, 20]), box(2, 1, [0, 0, 50, 50]), box(2, 1, [50, 50, 50, 50], iscrowd=1)]
+FOUND = [box(1, 1, [12, 10, 40, 40], score=.9), box(1, 1, [60, 10, 20, 20], score=.6), box(1, 3, [60, 60, 20, 28], score=.8),
+         box(2, 1, [0, 0, 50, 40], score=.7), box(2, 1, [60, 60, 20, 20], score=.5)]         # formats 11.6
+
+
+def test_golden_average_precision():
+    got = E.average_precision(FOUND, TRUTHS)
+    assert (got["AP"], got["AP50"], got["AP75"]) == (pytest.approx(0.650495, abs=1e-6), 1, 0.5)
+    assert got["L"] is None and got["S"] == 0.5              # class 3 alone is small, and 1 at five thresholds of ten
+
+
+def iou_of(a, b, crowd):
+    wide, tall = (max(0, min(a[i] + a[i + 2], b[i] + b[i + 2]) - max(a[i], b[i])) for i in (0, 1))
+    return wide * tall / (a[2] * a[3] + (0 if crowd else b[2] * b[3] - wide * tall))
+
+
+def slow_ap(found, truths, category, threshold, low=0, high=1e10):
+    """One class, one threshold, one range of areas, as formats 9.7 tells it; None without a normal truth."""
+    rows, normal = [], 0
+    for image in sorted({x["image_id"] for x in found + truths if x["category_id"] == category}):
+        mine = lambda xs: [x for x in xs if (x["image_id"], x["category_id"]) == (image, category)]
+        real, used = [], set()
+        for t in mine(truths):
+            area = t.get("area", t["bbox"][2] * t["bbox"][3])
+            real.append((t["bbox"], bool(t.get("iscrowd")), bool(t.get("iscrowd")) or not low <= area <= high))
+        normal += sum(not ignored for _, _, ignored in real)
+        for d in sorted(mine(found), key=lambda d: -d["score"])[:100]:
+            choice = None
+            for wanted in (False, True):
+                fits = [(iou_of(d["bbox"], b, crowd), g) for g, (b, crowd, ignored) in enumerate(real) if ignored == wanted and (crowd or g not in used)]
+                fits = [x for x in fits if x[0] >= min(threshold, 1 - 1e-10)]
+                choice = max(fits)[1] if fits and choice is None else choice
+            used.add(choice)
+            void = real[choice][2] if choice is not None else not low <= d["bbox"][2] * d["bbox"][3] <= high
+            rows.append((d["score"], choice is not None, void))
+    if not normal:
+        return None
+    points, tp, fp = [], 0, 0
+    for _, hit, void in sorted(rows, key=lambda r: -r[0]):
+        tp, fp = tp + (hit and not void), fp + (not hit and not void)
+        points.append((tp / normal, tp / max(1, tp + fp)))
+    return sum(max([p for r, p in points if r >= level], default=0) for level in np.linspace(0, 1, 101)) / 101
+
+
+def some_boxes(rng, n, tied):
+    """Truths, and detections near them, in 4 images and 3 classes: sizes on both sides of the borders, crowds, mask areas, tied scores."""
+    truths, found = [], []
+    for _ in range(n):
+        where, kind = [*rng.integers(0, 60, 2).tolist(), *rng.choice([8, 20, 32, 60, 96, 120], 2).tolist()], (int(rng.integers(4)), int(rng.integers(3)))
+        more = {"iscrowd": 1} if rng.random() < 0.1 else {"area": 0.7 * where[2] * where[3]} if rng.random() < 0.3 else {}
+        truths.append(box(*kind, where, **more))
+        for _ in range(rng.integers(0, 4)):
+            shifted = [w + float(rng.integers(-3, 4)) for w in where[:2]] + [w * float(rng.choice([1, 0.9, 1.2])) for w in where[2:]]
+            found.append(box(*kind, shifted, score=float(rng.integers(4) if tied else rng.random())))
+    return found, truths
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_average_precision_agrees_with_slow_loops_on_random_boxes(seed):
+    found, truths = some_boxes(np.random.default_rng(seed), 25, seed % 2)
+    got, mean = E.average_precision(found, truths), lambda xs: pytest.approx(sum(xs) / len(xs)) if xs else None
+    for name, low, high, thresholds in (("AP", 0, 1e10, E.IOUS), ("AP50", 0, 1e10, [0.5]), ("AP75", 0, 1e10, [0.75]), ("S", 0, 32**2, E.IOUS),
+                                        ("M", 32**2, 96**2, E.IOUS), ("L", 96**2, 1e10, E.IOUS)):
+        values = [slow_ap(found, truths, c, t, low, high) for c in range(3) for t in thresholds]
+        assert got[name] == mean([v for v in values if v is not None]), name
+
+
+def test_perfect_boxes_score_1_none_0_and_a_constant_detector_its_precision():
+    _, truths = some_boxes(np.random.default_rng(9), 40, False)
+    truths = [{**t, "iscrowd": 0} for t in truths]
+    perfect = [{**t, "score": 1.0} for t in truths]
+    assert E.average_precision(perfect, truths)["AP"] == pytest.approx(1) and E.average_precision([], truths)["AP"] == 0
+    assert set(E.average_precision(perfect, []).values()) == {None}
+    everywhere = [box(i, c, [0, 0, 10, 10], score=0.5) for i in range(4) for c in range(2)]
+    got = E.average_precision(everywhere, [box(3, 0, [0, 0, 10, 10]), box(0, 1, [0, 0, 10, 10])])
+    assert got["AP"] == pytest.approx((1 / 4 + 1) / 2)       # of tied scores the earlier image stands first, as pycocotools sorts
+
+
+def test_only_the_best_100_detections_of_an_image_count():
+    truth, wrong = [box(0, 0, [0, 0, 10, 10])], [box(0, 0, [50, 50, 9, 9], score=1.0)]
+    right = [box(0, 0, [0, 0, 10, 10], score=0.5)]
+    assert E.average_precision(99 * wrong + right, truth)["AP"] == pytest.approx(1 / 100) and E.average_precision(100 * wrong + right, truth)["AP"] == 0
+
+
+# -- questions --
+
+def test_golden_answers():
+    assert [E.vqa_accuracy("x", ["x"] * n + ["y"] * (10 - n)) for n in range(11)] == pytest.approx([0, .3, .6, .9] + 7 * [1])       # 11.7
+    for raw, plain in (("The dog.", "dog"), ("1,000", "1000"), ("a-b", "b"), ("Yes, it is!", "yes it is"), ("U.S.A.", "usa"), ("it's 5.5 m.", "it's 5.5 m"),
+                       ("dont", "don't"), ("two", "2"), ("none", "0"), ("couldn'tve", "couldn't've"), ("somebody'd", "somebodyd"), ("lets", "lets")):
+        assert E.plain_answer(raw) == plain
+        assert E.vqa_accuracy(raw, [plain] * 9 + ["other"]) == 1 and E.vqa_accuracy(raw, [raw] * 9 + ["other"]) == 1
+
+
+def test_where_all_humans_agree_answers_are_compared_as_they_stand():
+    assert E.vqa_accuracy("The dog", ["dog"] * 10) == 0 and E.vqa_accuracy("\tdog\n", ["dog "] * 10) == 1
+    assert E.vqa_accuracy("dog", ["dog"]) == 1 and E.vqa_accuracy("cat", ["dog"]) == 0       # one answer: ours
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_vqa_accuracy_is_the_mean_over_leaving_each_human_out(seed):
+    rng = np.random.default_rng(seed)
+    answers = rng.choice(["red", "blue", "two", "the cat"], 10).tolist()
+    for answer in ("red", "Red.", "2", "cat", "dog"):
+        others = [answers[:i] + answers[i + 1:] for i in range(10)]
+        want = sum(min(1, sum(E.plain_answer(o) == E.plain_answer(answer) for o in left) / 3) for left in others) / 10
+        assert E.vqa_accuracy(answer, answers) == pytest.approx(want)
+
+
 # -- pictures --
 
 def count(picture, colour):

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
@@ -159,6 +160,58 @@ def test_one_informative_dimension_is_found_and_C_is_the_best_of_those_tried_on_
     assert hits[chosen] == max(hits.values()) > min(hits.values())
 
 
+def test_maes_probe_learns_what_a_line_separates_once_its_steps_suffice_and_agrees_with_autograd():
+    train, labels = clouds(400, 8, 4, 0.1)
+    test, truth = clouds(200, 8, 4, 0.1, seed=1)
+    assert torch.equal(E.mae_probe(train, labels, test, epochs=8000), truth)                 # on 400 rows its 90 epochs are far from done
+    # the same recipe with torch's own layers, as main_linprobe.py states it: epochs of 3 batches, the tail dropped
+    g = common.generator(0)
+    W, b = nn.Parameter(nn.init.trunc_normal_(torch.empty(4, 8), std=0.01, generator=g)), nn.Parameter(torch.zeros(4))
+    norm, state = nn.BatchNorm1d(8, affine=False, eps=1e-6), [torch.zeros(4, 8), torch.zeros(4)]
+    for epoch in range(600):
+        order = torch.randperm(400, generator=g)
+        for place in range(3):
+            rows, e = order[place * 128:(place + 1) * 128], epoch + place / 3
+            lr = 0.1 * 128 / 256 * (e / 10 if e < 10 else (1 + math.cos(math.pi * (e - 10) / 590)) / 2)
+            F.cross_entropy(norm(train[rows]) @ W.T + b, labels[rows]).backward()
+            with torch.no_grad():
+                for i, p in enumerate((W, b)):
+                    state[i] = 0.9 * state[i] + p.grad * (0.001 * p.norm() / p.grad.norm() if p.ndim > 1 else 1)
+                    p -= lr * state[i]
+                    p.grad = None
+    noisy, _ = clouds(5000, 8, 4, 0.6, seed=2)
+    agree = E.mae_probe(train, labels, noisy, epochs=600, batch=128) == (norm.eval()(noisy) @ W.T + b).argmax(1)
+    assert agree.double().mean() > 0.999
+
+
+def test_an_attentive_probe_finds_the_patch_that_pooling_blurs():
+    """One patch in nine is marked and tells the class; the others hold other classes' directions, so that the mean tells nothing."""
+    g = torch.Generator().manual_seed(0)
+
+    def images(n):
+        labels, others = torch.randint(4, (n,), generator=g), torch.randint(4, (n, 9), generator=g)
+        tokens = torch.cat([torch.eye(4)[others], torch.zeros(n, 9, 4)], 2) + 0.05 * torch.randn(n, 9, 8, generator=g)
+        at = torch.randint(9, (n,), generator=g)
+        tokens[range(n), at] = torch.cat([torch.eye(4)[labels], torch.ones(n, 4)], 1)
+        return tokens, labels
+    (train, labels), (test, truth) = images(1500), images(300)
+    pred, threads = E.attentive_probe(train.half(), labels, test.half()), torch.get_rng_state()
+    assert (pred == truth).double().mean() > 0.95
+    assert (E.linear_probe(train.mean(1), labels, test.mean(1)) == truth).double().mean() < 0.8
+    assert torch.equal(E.attentive_probe(train[:50], labels[:50], test), E.attentive_probe(train[:50], labels[:50], test))      # deterministic
+    assert torch.equal(torch.get_rng_state(), threads)       # and leaves others' randomness alone
+
+
+def test_an_attentive_probe_is_attention_with_one_query():
+    probe, x = E.AttentiveProbe(128, 5).double(), torch.randn(6, 9, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for p in probe.parameters():
+        nn.init.normal_(p, std=0.2, generator=torch.Generator().manual_seed(p.numel()))
+    key, value = (common.split_heads(m(probe.norm(x)), 2) for m in (probe.k, probe.v))
+    query = probe.q(probe.query).view(1, 2, 1, 64).expand(6, -1, -1, -1)
+    pooled = F.scaled_dot_product_attention(query, key, value)[:, :, 0].flatten(1)
+    torch.testing.assert_close(probe(x), probe.head(probe.norm_pooled(probe.out(pooled))))
+
+
 # -- protocols, with models whose answers are known --
 
 def write(path, samples):                                    # [(colour, {suffix: text})]
@@ -175,10 +228,12 @@ def write(path, samples):                                    # [(colour, {suffix
 
 
 class Colours(nn.Module):                                    # tokens: the colours of the patches
-    grid, patch, cls_token = 2, 8, None
+    grid, patch = 2, 8
 
     def forward(self, images):
         return images.float().unfold(2, 8, 8).unfold(3, 8, 8).mean((4, 5)).flatten(2).transpose(1, 2)
+
+    patch_tokens = forward
 
 
 class Captioner(nn.Module):
@@ -245,7 +300,91 @@ def test_frozen_features_are_judged_on_classes_of_the_bank_only(tmp_path):
     write(tmp_path / "l/train-0.tar", samples)
     test = [write(tmp_path / "l/test-0.tar", samples[:7] + [("red", {"cls": "1"}), ("green", {"cls": "2"})])]
     model = Captioner(None)
-    assert E.linear(model, BYTES, test, CFG, CPU) == [("linear", 7 / 8, 8)] and E.nearest(model, BYTES, test, CFG, CPU) == [("knn", 7 / 8, 8)]
+    for name, probe in (("linear", E.linear), ("knn", E.nearest), ("attentive", E.attentive)):
+        assert probe(model, BYTES, test, CFG, CPU) == [(name, 7 / 8, 8), (f"{name}_mean_per_class", pytest.approx((1 + 3 / 4) / 2), 8)]
+
+
+def test_the_encoder_sees_each_image_once_however_many_probes_follow(tmp_path, monkeypatch):
+    samples = [("red", {"cls": "0"}), ("blue", {"cls": "1"})] * 10
+    write(tmp_path / "l/train-0.tar", samples)
+    test, seen, look = [write(tmp_path / "l/test-0.tar", samples[:7])], [], Colours.patch_tokens
+    monkeypatch.setattr(Colours, "patch_tokens", lambda self, images: seen.append(len(images)) or look(self, images))
+    for store in (E.Store(str(tmp_path), "a"), E.Store(str(tmp_path), "a")):                 # the second reads what the first left in its folder
+        for _ in range(2):
+            assert E.linear(Captioner(None), BYTES, test, CFG, CPU, store)[0] == ("linear", 1, 7)
+            assert E.nearest(Captioner(None), BYTES, test, CFG, CPU, store)[0] == ("knn", 1, 7)
+        assert sum(seen) == 27
+    E.nearest(Captioner(None), BYTES, test, CFG, CPU, E.Store(str(tmp_path), "b"))           # another checkpoint
+    assert sum(seen) == 54
+
+
+def test_images_that_cannot_be_read_and_samples_without_a_class_are_counted_aloud(tmp_path, capsys):
+    samples = [("red", {"cls": "0"}), ("blue", {"cls": "1"})] * 4
+    path = write(tmp_path / "l/test-0.tar", samples + [("red", {"txt": "no class"})])
+    raw = bytearray((tmp_path / "l/test-0.tar").read_bytes())
+    raw[512:700] = bytes(188)                                # the first sample's picture
+    (tmp_path / "l/test-0.tar").write_bytes(raw)
+    features, labels, _ = E.embed_labelled("pooled", Captioner(None), data.Index([path]), CFG, CPU)
+    assert labels.tolist() == [1, 0, 1, 0, 1, 0, 1] and len(features) == 7
+    said = capsys.readouterr().err
+    assert "1 of 9 samples left out of the evaluation: unreadable image" in said and "1 of 8 samples left out of the evaluation: no class" in said
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_reranking_sorts_the_best_by_score_and_leaves_the_rest(seed):
+    g = torch.Generator().manual_seed(seed)
+    sim, extra = torch.randint(6, (12, 9), generator=g) / 6, torch.randn(12, 9, generator=g)     # many ties: of equals the earlier is among the best
+    asked, k = [], (3, 16)[seed % 2]
+    got = E.rerank(sim, lambda q, c: asked.extend(zip(q.tolist(), c.tolist())) or extra[q, c], k)
+    assert len(asked) == len(set(asked)) == 12 * min(k, 9)   # the score is asked of the best only
+    for q in range(12):
+        order = sorted(range(9), key=lambda c: -sim[q, c])
+        want = sorted(order[:k], key=lambda c: -extra[q, c]) + order[k:]
+        assert sorted(range(9), key=lambda c: -got[q, c]) == want and torch.equal(got[q, order[k:]], sim[q, order[k:]])
+
+
+class Judge(Captioner):
+    """Knows nothing of a picture but its brightness; its score knows the colour, whose name is the text."""
+    rerank, hues = True, {"red": 0, "green": 1, "blue": 2}
+
+    def __init__(self):
+        super().__init__(None)
+
+    def encode_image(self, images):
+        return F.normalize(torch.stack([images.float().mean((1, 2, 3)), torch.ones(len(images))], 1), dim=1)
+
+    def encode_text(self, tokens, valid):
+        return torch.ones(len(tokens), 2) / 2 ** 0.5
+
+    def score(self, images, tokens, valid):                  # images: what self.vision made of them
+        said = [BYTES.decode(t).split()[-1] for t in tokens]
+        return torch.tensor([float(x.float().mean(0).argmax() == self.hues[s]) for x, s in zip(images, said)])
+
+
+def reranked(folder, task):
+    subject = (Judge(), BYTES, SimpleNamespace(**vars(CFG), seed=0), "", E.Store())
+    return {r["metric"]: r["value"] for r in E.records(task, subject, folder, data.expand(folder, "test"), CPU)}
+
+
+def test_a_model_whose_score_knows_better_is_reranked_in_both_directions_and_among_classes(tmp_path, pools):
+    colours = [("red", "red"), ("green", "lime"), ("blue", "blue")]
+    write(tmp_path / "p/test-0.tar", [(colour, {"txt": f"a\n{name}"[2:]}) for name, colour in colours])
+    write(tmp_path / "l/test-0.tar", [(colour, {"cls": str(i)}) for i, (_, colour) in enumerate(colours)] * 2)
+    (tmp_path / "l/classes.txt").write_text("red\ngreen\nblue\n")
+    (tmp_path / "l/zeroshot_classification_templates.txt").write_text("a {c}\n{c}\n")
+    pairs, classes = reranked(str(tmp_path / "p"), "retrieval"), reranked(str(tmp_path / "l"), "zeroshot")
+    assert pairs["i2t_r1"] == pairs["t2i_r1"] == classes["zeroshot"] == pytest.approx(1 / 3)
+    assert pairs["i2t_r1_itm"] == pairs["t2i_r1_itm"] == classes["zeroshot_itm"] == classes["zeroshot_itm_mean_per_class"] == 1
+    for theirs in pools(2)(reranked, str(tmp_path / "p"), "retrieval"):
+        assert theirs == pairs
+    Plain = type("Plain", (Judge,), {"rerank": False})
+    assert not [m for m, _, _ in E.retrieval(Plain(), BYTES, data.expand(str(tmp_path / "p"), "test"), CFG, CPU) if "itm" in m]
+
+
+def test_the_mean_over_classes_differs_where_classes_are_of_different_size(tmp_path):
+    write(tmp_path / "l/train-0.tar", [("red", {"cls": "0"}), ("blue", {"cls": "1"})] * 10)
+    test = [write(tmp_path / "l/test-0.tar", [("red", {"cls": "0"})] * 8 + [("red", {"cls": "1"})])]
+    assert E.nearest(Captioner(None), BYTES, test, CFG, CPU) == [("knn", 8 / 9, 9), ("knn_mean_per_class", 1 / 2, 9)]
 
 
 def test_shards_decide_on_the_tasks_and_models_on_what_is_run_of_them(tmp_path, monkeypatch):
@@ -270,10 +409,10 @@ def test_the_command_line_refuses_what_a_model_cannot_do_and_says_what_it_can(ti
     model = align.Model(tiny)
     (tmp_path / "run").mkdir()
     common.save(tiny, model, torch.optim.SGD(model.parameters()), 0, BYTES.dumps(), SimpleNamespace())
-    with pytest.raises(common.UserError, match="last.pt is a ALIGN: it can do zeroshot, retrieval, knn, linear$"):
+    with pytest.raises(common.UserError, match="last.pt is a ALIGN: it can do zeroshot, retrieval, knn, linear, attentive$"):
         E.main(["caption", f"{tiny.out}/last.pt", "--data", f"{tiny_world}/pairs"])
     monkeypatch.setattr(E, "load", lambda *_: (Captioner(None), BYTES, CFG, ""))
-    with pytest.raises(common.UserError, match="x.pt is a Captioner: it can do knn, linear, caption$"):
+    with pytest.raises(common.UserError, match="x.pt is a Captioner: it can do knn, linear, attentive, caption$"):
         E.main(["zeroshot", "x.pt", "--data", f"{tiny_world}/labels"])
 
 

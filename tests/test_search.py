@@ -67,19 +67,20 @@ def test_an_image_finds_itself_first_and_a_text_what_the_encoders_say(trained, t
 
 def searched(checkpoint, world, cache):
     model, _, cfg, _ = E.load(checkpoint)
-    return E.embed_images(model, data.Index(data.expand(f"{world}/pairs", "test")), cfg, CPU, cache, block=7)
+    os.makedirs(cache, exist_ok=True)
+    return E.embed("images", model, data.Index(data.expand(f"{world}/pairs", "test")), cfg, CPU, E.Store(cache), block=7)
 
 
 def test_features_do_not_depend_on_ranks_or_blocks(trained, tiny_world, tmp_path, pools):
-    features, numbers = searched(trained, tiny_world, str(tmp_path / "one"))
-    for theirs, order in pools(2)(searched, trained, tiny_world, str(tmp_path / "two")):
+    features, _, numbers = searched(trained, tiny_world, str(tmp_path / "one"))
+    for theirs, _, order in pools(2)(searched, trained, tiny_world, str(tmp_path / "two")):
         torch.testing.assert_close(theirs, features, rtol=1e-5, atol=1e-6)
         assert torch.equal(order, numbers)
 
 
 def test_a_query_that_makes_no_sense_is_told_in_one_line(trained, tiny_world, tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"no image")
-    for argv, told in ((["search", trained], "needs --text, --image"), (["knn", trained, "--text", "x"], "belong to search"),
+    for argv, told in ((["search", trained], "needs --text, --image"), (["knn", trained, "--text", "x"], "--text belongs to search, not to knn"),
                        (["search", trained, "--data", f"{tiny_world}/pairs", "--image", str(tmp_path / "broken.jpg")], "broken.jpg cannot be read"),
                        (["search", trained, "--data", f"{tiny_world}/pairs", "--image", str(tmp_path / "none.jpg")], "none.jpg cannot be read")):
         with pytest.raises(UserError, match=told):
