@@ -560,15 +560,19 @@ class Loader:
         loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(first, cfg.steps), num_workers=workers,
                                              pin_memory=device.type == "cuda", **ahead)
         self.iterator = iter(loader)
+        with contextlib.suppress(ValueError):                # torch would raise in the middle of a step; the next batch tells of a dead worker too
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         atexit.register(self.close)                          # before multiprocessing's own hook, which would wait for workers deaf to SIGTERM
 
     def __next__(self):
         try:
             batch = next(self.iterator)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise UserError(f"a loader worker died ({str(error).splitlines()[0]}): less --workers need less memory") from None
+        except (RuntimeError, OSError, EOFError):            # torch's word for a dead worker, or a connection to it that broke before torch knew
+            for w in getattr(self.iterator, "_workers", ()):
+                w.join(0.2)
+                if w.exitcode:
+                    raise UserError(f"a loader worker died (exit code {w.exitcode}): less --workers need less memory") from None
+            raise
         if "error" in batch:
             raise UserError(batch["error"])
         return batch

@@ -1080,3 +1080,17 @@ def test_the_first_lines_of_a_run_tell_what_it_is(whole, tmp_path, capsys):
     for part in ("ALIGN", "1 rank", "cpu", "fp32", "1 shards", "256 samples", "00000000", "1 steps of 16", str(tmp_path / "run")):
         assert part in said, part
     assert json.load(open(tmp_path / "run/config.json"))["batch"] == 16
+
+
+def test_a_restart_by_torchrun_sees_nothing_of_the_attempt_before_in_its_store(monkeypatch):
+    made, store = [], common.dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setattr(common.dist, "init_process_group", lambda *args, **how: made.append(how["store"]))
+    monkeypatch.setattr(common, "_store", None)
+    for attempt in "01":
+        for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(store.port)),
+                            ("TORCHELASTIC_USE_AGENT_STORE", "True"), ("TORCHELASTIC_RESTART_COUNT", attempt)):
+            monkeypatch.setenv(name, value)
+        common.join()
+        assert not common._store.check(["turn1"]) and not made[-1].check(["0"])
+        common._store.set("turn1", "done")
+        made[-1].set("0", "an address")

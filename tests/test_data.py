@@ -11,6 +11,7 @@ import re
 import signal
 import struct
 import tarfile
+import time
 import tracemalloc
 import zlib
 from types import SimpleNamespace
@@ -755,6 +756,17 @@ def test_when_no_sample_can_be_used_the_run_ends_with_one_line(numbered, workers
                          SimpleNamespace(workers=workers, steps=5), CPU)
     with pytest.raises(UserError, match="none of the 40 samples can be used .*'no image': 40"):
         next(loader)
+    loader.close()
+
+
+def test_a_killed_loader_worker_is_told_in_one_line_with_the_next_batch_and_not_in_the_middle_of_a_step(numbered):
+    loader = data.Loader(data.Batches([data.Rows(numbered, Plan(numbered.starts, 8, 3, 2), number)], 8), 0, SimpleNamespace(workers=1, steps=1000), CPU)
+    next(loader)
+    loader.iterator._workers[0].kill()
+    time.sleep(0.5)                                          # where torch's own handler would have raised
+    with pytest.raises(UserError, match="a loader worker died .*-9.*--workers"):
+        for _ in range(9):
+            next(loader)
     loader.close()
 
 
