@@ -280,14 +280,10 @@ def join(timeout=600):
         torch.cuda.set_device(device)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         _store, r, w = next(rendezvous("env://"))
-<<<<<<< HEAD
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.PrefixStore("group", _store), rank=r, world_size=w,
-=======
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":                             # torchrun's own: it outlives --max-restarts
             _store = dist.PrefixStore(f"attempt{os.environ['TORCHELASTIC_RESTART_COUNT']}", _store)
-        dist.init_process_group("nccl" if cuda else "gloo", store=dist.PrefixStore("group", _store), rank=r, world_size=w,
->>>>>>> faults
-                                timeout=timedelta(seconds=timeout))
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"   # evaluation gathers on the CPU
+        dist.init_process_group(backend, store=dist.PrefixStore("group", _store), rank=r, world_size=w, timeout=timedelta(seconds=timeout))
     return device
 
 

@@ -969,6 +969,18 @@ def held_out(cfg):
     return rank0_first(lambda: data.Index(paths or data.expand(cfg.data or cfg.labels)[:1])), "held-out pairs" if paths else "training images"
 
 
+def specimens(index, n):
+    """n samples spread over an index, for a picture: each with image and caption, or the next one that has both."""
+    found = []
+    for start in np.linspace(0, len(index) - 1, n).astype(int).tolist():
+        for i in range(start, start + len(index)):
+            with contextlib.suppress(data.Skip):
+                sample = index[i % len(index)]
+                found += [sample] if sample.image() and sample.captions() else []
+                break
+    return found
+
+
 def shown(name, value):
     return "-" if value is None else f"{value:.3f}" if name.startswith(("nats", "cider")) else f"{100 * value:.1f} %"
 

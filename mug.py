@@ -233,7 +233,7 @@ def draw(model, tokenizer, cfg, device):
         return
     terms = ["pixels"] * bool(model.pixels) + ["caption"] * bool(model.caption)
     evaluation.curves(f"{cfg.out}/log.jsonl", f"{cfg.out}/curves.png", ["loss", *terms, "lr", "grad_norm"], f"MUG, {cfg.steps} steps of {cfg.batch}")
-    samples = [index[i] for i in torch.linspace(0, len(index) - 1, 8).long().tolist()]
+    samples = evaluation.specimens(index, 8)
     images = torch.stack([torch.from_numpy(data.centre(s.image(), cfg.image_size)) for s in samples]).to(device)
     noise = torch.rand(8, model.vision.grid ** 2, generator=common.generator(cfg.seed)).to(device)
     with common.autocast(cfg, device):

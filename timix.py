@@ -546,8 +546,8 @@ def draw(model, tokenizer, cfg, device, boxes):
     terms = ["itc"] + ["mix"] * (cfg.mix != "none") + ["itm", "mlm"] * bool(model.teacher) + ["pta", "pta_recall"] * boxes
     evaluation.curves(f"{cfg.out}/log.jsonl", f"{cfg.out}/curves.png", ["loss", *terms, "temperature", "grad_norm"],
                       f"TiMix ({cfg.mix}), {cfg.steps} steps of {cfg.batch}")
-    samples = [index[i] for i in torch.linspace(0, len(index) - 1, 6).long().tolist()]
-    texts, n = [s.captions(lines=True)[0] for s in samples], model.vision.grid
+    samples, n = evaluation.specimens(index, 6), model.vision.grid
+    texts = [s.captions(lines=True)[0] for s in samples]
     images = torch.stack([torch.from_numpy(data.centre(s.image(), cfg.image_size)) for s in samples])
     tokens, valid = (torch.from_numpy(np.stack(x)).to(device) for x in zip(*(tokenizer.pad(t, cfg.context) for t in texts)))
     with common.autocast(cfg, device):
