@@ -1,9 +1,11 @@
 """Speed as ratios, each measured in one run: medians of interleaved repeats.
 
-    python tests/bench.py                # all subjects that run here
+    python tests/bench.py                # all subjects but the long one
     python tests/bench.py mug timix      # some of them
+    python tests/bench.py long           # does anything grow? some minutes, Linux
 """
-import argparse, os, statistics, sys, time
+import argparse, contextlib, functools, os, statistics, sys, tempfile, time
+from dataclasses import replace
 from types import SimpleNamespace
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -11,6 +13,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import common
 import torch
 
+import align
 import data
 import lcl
 import timix
@@ -126,13 +129,53 @@ def timix_mixed_pass():
     yield "TiMix, mixed pass / clean step", t["mixed"] / t["clean"] - 1, "<= 0.6"
 
 
-SUBJECTS = {"mug": mug_encoder, "lcl": lcl_packing, "m3i": m3i_mixture, "timix": timix_mixed_pass}
+def long_runs():
+    """20,000 loader batches, then 2,000 tiny steps, of their workers too: does anything grow? The last quarter beside the first."""
+    def probe():                                             # of this process and its workers
+        own, kilobytes, files, threads = os.getpid(), 0, 0, 0
+        with open(f"/proc/{own}/task/{own}/children") as f:
+            pids = [str(own), *f.read().split()]
+        for pid in pids:
+            with open(f"/proc/{pid}/status") as f:
+                status = dict(line.split(":", 1) for line in f)
+            kilobytes, threads = kilobytes + int(status["VmRSS"].split()[0]), threads + int(status["Threads"])
+            files += len(os.listdir(f"/proc/{pid}/fd"))
+        return kilobytes, files, threads
+
+    def rows(name, seen):
+        quarter = len(seen) // 4
+        for what, column in zip(("resident memory", "open files", "threads"), zip(*seen)):
+            ratio = statistics.mean(column[-quarter:]) / statistics.mean(column[:quarter])
+            yield f"{name}, {what}: last quarter / first, {column[-1]:,} at the end", ratio, "<= 1.05"
+
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["XDG_CACHE_HOME"] = folder
+        shards = data.make_world(root=folder, scenes=2000, parts=("pairs",)) + "/pairs"
+        cfg = align.Config(data=[shards], val=[shards], out=f"{folder}/run", image_size=16, patch=8, dim=16, depth=1, heads=2, text_dim=16,
+                           text_depth=1, text_heads=2, context=16, vocab_size=300, batch=4, steps=20_000, workers=1, eval_every=-1, save_every=100)
+        index = data.Index(data.expand(cfg.data))
+        source = data.Rows(index, data.Plan(index.starts, cfg.batch, 0, 64), functools.partial(align.example, cfg=cfg, tokenizer=data.Tokenizer()))
+        batches, seen = data.Loader(data.Batches([source], cfg.batch), 0, cfg, torch.device("cpu")), []
+        for step in range(cfg.steps):
+            next(batches)
+            seen += [probe()] if step % 100 == 50 else []
+        batches.close()
+        yield from rows("20,000 loader batches", seen)
+        following, seen = common.Log.next, []
+        common.Log.next = lambda log, batches: seen.append(probe()) or following(log, batches)
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            align.main(replace(cfg, steps=2000))
+        common.Log.next = following
+        yield from rows("2,000 steps", seen)
+
+
+SUBJECTS = {"mug": mug_encoder, "lcl": lcl_packing, "m3i": m3i_mixture, "timix": timix_mixed_pass, "long": long_runs}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("subjects", nargs="*", metavar="SUBJECT", help=", ".join(SUBJECTS))
-    subjects = parser.parse_args().subjects or list(SUBJECTS)
+    subjects = parser.parse_args().subjects or [s for s in SUBJECTS if s != "long"]
     if unknown := set(subjects) - SUBJECTS.keys():
         parser.error(f"{', '.join(unknown)}: choose of {', '.join(SUBJECTS)}")
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
