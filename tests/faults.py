@@ -306,7 +306,7 @@ FAULTS = {f.__name__: f for f in (kill, elastic, preemption, dead_rank, disk, wo
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("faults", nargs="*", default=list(FAULTS), choices=[*FAULTS, []], metavar="FAULT")
+    parser.add_argument("faults", nargs="*", choices=[*FAULTS, []], metavar="FAULT")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--scripts", nargs="+", choices=BATCH, help="for kill (default: all) and elastic (align.py timix.py)")
     parser.add_argument("--seed", type=int, default=0)
@@ -318,7 +318,7 @@ def main():
         with open("witness.py", "w") as f:
             f.write(WITNESS)
         data.make_world(parts=("pairs", "labels", "docs"))
-        for name in args.faults:
+        for name in args.faults or FAULTS:
             began, told = time.monotonic(), "broken off"
             try:
                 told = FAULTS[name](args)
