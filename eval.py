@@ -826,7 +826,7 @@ def pair_scores(model, tokenizer, index, ids, texts, cfg, device):
     size = model.vision.grid * model.vision.patch
     images = torch.from_numpy(np.array([r[0] for r in rows], np.uint8).reshape(-1, 3, size, size))
     seen, (tokens, valid) = collect(in_batches(model.vision, cfg, device, images).half()), tokenize(tokenizer, texts, cfg)
-    fn = lambda i, t: model.score(*(x[n.cpu()].to(device) for x, n in ((seen, i), (tokens, t), (valid, t))))
+    fn = lambda i, t: model.score(seen[i.cpu()].float().to(device), *(x[t.cpu()].to(device) for x in (tokens, valid)))
     return lambda i, t: in_batches(fn, cfg, device, i, t)
 
 
