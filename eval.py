@@ -1001,7 +1001,8 @@ def evaluate(model, tokenizer, cfg, device):
         paths = data.expand(pattern, "test")
         for task in tasks_for(paths):
             if able(model, task):
-                rows += TASKS[task](model, tokenizer, paths, cfg, device, store)
+                found = TASKS[task](model, tokenizer, paths, cfg, device, store)
+                rows += [row for row in found if not row[0].endswith("_mean_per_class")]         # the command line tells these, too
     print0(f"held out:\n{table(rows)}")
     result = {name: value for name, value, _ in rows}
     write(result, cfg)
