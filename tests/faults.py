@@ -313,7 +313,7 @@ def main():
     bad = 0
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        os.environ.update(XDG_CACHE_HOME=os.path.join(folder, "cache"), OMP_NUM_THREADS="1")     # gradients of x[index] are sums in the threads' order
+        os.environ.update(XDG_CACHE_HOME=os.path.join(folder, "cache"), OMP_NUM_THREADS="1")     # x[i] has gradients in the threads' order
         with open("witness.py", "w") as f:
             f.write(WITNESS)
         data.make_world(parts=("pairs", "labels", "docs"))
