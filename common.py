@@ -190,7 +190,7 @@ class ViT(nn.Module):
         x, position = self.patches(images), self.pos_embed[:, self.pos_embed.shape[1] - self.grid ** 2:]
         if ids_keep is not None:                                                                 # dropped before anything is computed on them
             x = x.gather(1, ids_keep[..., None].expand(-1, -1, x.shape[2]))
-            position = position[0][ids_keep]
+            position = F.embedding(ids_keep, position[0])    # position[0][ids_keep], whose gradient on the CPU depends on its threads
         x = F.linear(x, self.patch_embed.proj.weight.flatten(1), self.patch_embed.proj.bias) + position
         if self.cls_token is not None:
             x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1).to(x.dtype), x], 1)

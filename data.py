@@ -578,7 +578,10 @@ class Loader:
         return batch
 
     def close(self):
+        workers = getattr(self.iterator, "_workers", ())
         self.iterator = None                                 # its destructor tells the workers to end and joins them
+        for w in workers:                                    # one that hangs, after another was killed, is deaf to the SIGTERM of multiprocessing too
+            w.kill()
         atexit.unregister(self.close)
 
 

@@ -231,7 +231,7 @@ class LCL(nn.Module):
         """Embeddings of a batch's rows (R, L, D), the images' tokens in their slots, plus learned positions."""
         x = self.token_embed(ids)
         x = F.pad(x.flatten(0, 1), (0, 0, 0, 1)).index_copy(0, slots.flatten(), tokens.flatten(0, 1).to(x.dtype))[:-1].view(x.shape)
-        return x + self.pos_embed[position]                  # padding images wrote to the place cut off again
+        return x + F.embedding(position, self.pos_embed)     # padding images wrote to the place cut off again
 
     def trunk(self, x, mask=None, past=None):                # (R, L, D) -> (R, L, D); causal, also inside an image
         return run_blocks(self.blocks, x, mask, mask is None and (past is None or x.shape[1] > 1), recompute=self.recompute, past=past)
@@ -403,7 +403,8 @@ def main(cfg):
             x = model.embed(batch["ids"], batch["position"], batch["slots"], tokens)
             x, = common.in_chunks(lambda x, doc: (trunk(x, same_document(doc) if cfg.pack else None),), cfg.micro, x, batch["doc"])
             x = F.pad(x.flatten(0, 1), (0, 0, 0, 1))         # padding looks one place behind the last row
-            context, logits = model.contexts(x[batch["soi"]]), model.logits(x[batch["label_at"]])
+            # F.embedding: the gradient of x[...] on the CPU depends on its threads' order
+            context, logits = model.contexts(F.embedding(batch["soi"], x)), model.logits(F.embedding(batch["label_at"], x))
         gen = F.cross_entropy(logits.float(), batch["labels"], ignore_index=-1, reduction="sum")
         gen = gen * world() / common.total((batch["labels"] >= 0).sum())
         pairs = (F.pad(y, (0, 0) * (y.ndim - 1) + (0, capacity - len(y))) for y in (unit(latent), context, batch["context"]))
@@ -412,7 +413,7 @@ def main(cfg):
         terms, temperature = {"gen": gen, "con": con, **gauge(tokens, latent, batch["real"])}, 1 / model.scale().detach()
         if model.regress:                                    # the arm that collapses: nothing keeps the target from becoming constant
             with common.autocast(cfg, device):
-                guess = model.regress(x[batch["slots"] - 1])
+                guess = model.regress(F.embedding(batch["slots"] - 1, x))
             error = (guess.float() - tokens.float()).square().mean((1, 2))
             terms["reg"] = torch.where(batch["real"], error, 0).sum() * world() / common.total(batch["real"].sum())
             loss = loss + terms["reg"]

@@ -372,7 +372,7 @@ def losses(model, batch, noise, generator, cfg, rise, mixing, fast=None, slow=No
         shown, at, asked = mask_tokens(tokens, valid, words.view(B, 2, L), cfg.mask_ratio, cfg.vocab_size)
         pick = at[..., None].expand(-1, -1, cfg.text_dim)
         with common.autocast(cfg, images.device):
-            joint, = chunks(lambda *x: (fast.fuse(*x)[:, 0],), states[rows_t], valid[rows_t], seen[rows_i])
+            joint, = chunks(lambda *x: (fast.fuse(*x)[:, 0],), states.index_select(0, rows_t), valid[rows_t], seen.index_select(0, rows_i))
             match = model.match(joint).float()
             states_at = lambda run, latent: chunks(lambda t, v, z: (run.fuse(run.text(t, v), v, z),), shown, valid, latent)[0].gather(1, pick)
             guessed = model.word(states_at(fast, seen)).float().log_softmax(2)

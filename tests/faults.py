@@ -133,16 +133,15 @@ def expect_equal(out, alone):
 
 
 def kill_once(process, out, rng, saving):
-    """SIGKILL while a checkpoint is being written, or at a random moment. Returns whether the run was still going."""
-    began, saves, writing = time.time(), rng.randrange(8), f"{out}/last.pt.tmp"
-    deadline = began + rng.uniform(3, 14)
-    while process.poll() is None and (saving or time.time() < deadline):
+    """SIGKILL while one of the next checkpoints is being written, or a few steps further on. Returns whether the run was still going."""
+    began, saves, writing, step = time.time(), rng.randrange(4), f"{out}/last.pt.tmp", step_of(out) + rng.randrange(9)
+    while process.poll() is None and (saving or len(log(out)) <= step):
         if saving and os.path.exists(writing) and os.path.getmtime(writing) > began:             # not what an earlier kill left
             if not saves:
                 break
             saves -= 1
             time.sleep(0.05)                                 # this one may finish
-        time.sleep(0.001)
+        time.sleep(0.001 if saving else rng.uniform(0, 0.3))
     going = process.poll() is None
     process.kill()
     process.wait(60)
