@@ -1,6 +1,6 @@
 """Faults in real processes: what a run promises when it is killed, preempted, resized, starved of disk or fed a NaN. Linux.
 
-    python tests/faults.py                       # all of them, half an hour on two cores
+    python tests/faults.py                       # all of them, a quarter of an hour on two cores
     python tests/faults.py elastic disk          # some: kill elastic preemption dead_rank disk worker numbers long
     python tests/faults.py kill --kills 4 --scripts mug.py
 
