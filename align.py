@@ -221,7 +221,7 @@ def main(cfg):
     device = common.start(cfg)
     cfg = data.with_world(cfg)
     state = common.resume(cfg, "ALIGN")
-    index = common.rank0_first(lambda: data.Index(data.expand(cfg.data)))
+    index = data.open_index(data.expand(cfg.data))
     tokenizer = common.rank0_first(lambda: data.vocabulary(cfg, index, state))
     plan = data.Plan(index.starts, cfg.batch, cfg.seed, cfg.window)
     model = ALIGN(cfg).to(device)

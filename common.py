@@ -245,11 +245,11 @@ def normalised(patches):
 
 
 def in_chunks(fn, micro, *rows):
-    """fn(*rows) -> tuple of tensors with one row per input row, `micro` rows at a time, recomputed in backward: same result, less memory."""
+    """fn(*rows) -> a tensor or a tuple of them, a row for each input row; `micro` rows at a time, recomputed in backward: less memory."""
     if not micro or micro >= len(rows[0]):
         return fn(*rows)
     parts = [checkpoint(fn, *chunk, use_reentrant=False) for chunk in zip(*(r.split(micro) for r in rows))]
-    return tuple(torch.cat(column) for column in zip(*parts))
+    return torch.cat(parts) if isinstance(parts[0], torch.Tensor) else tuple(torch.cat(column) for column in zip(*parts))
 
 
 # ---- ranks ----

@@ -294,6 +294,9 @@ class Sample:
             raise Skip("empty caption")
         return [c for c in found if c]
 
+    def captioned(self):                                     # does this claim to have a caption? (whether there is one, captions() tells)
+        return "txt" in self.members or "caption" in self.json
+
     def caption(self, rng):
         """One caption, drawn where there are several."""
         found = self.captions()
@@ -305,10 +308,13 @@ class Sample:
         except (KeyError, ValueError):
             raise Skip("no class") from None
 
+    def image_bytes(self):                                   # its image as stored, None if it has none
+        return next((self.members[s] for s in IMAGES if s in self.members), None)
+
     def image(self, near=None, member=None):
         """RGB PIL image, upright. near: a JPEG may be decoded at a fraction of its size, both sides staying >= near. member: the suffix of one
         of several images."""
-        raw = self.members.get(member) if member else next((self.members[s] for s in IMAGES if s in self.members), None)
+        raw = self.members.get(member) if member else self.image_bytes()
         if raw is None:
             raise Skip("no image")
         try:
@@ -331,11 +337,10 @@ class Sample:
         except Exception:                                    # Pillow's decoders fail in many ways: OSError, SyntaxError, struct.error, ...
             raise Skip("unreadable image") from None
 
-
     def boxes(self, width, height):
         """[(x, y, w, h, text)] in pixels of the upright image, which is width x height: the json's "boxes" ({x, y, w, h, text}) or "segments" ({bbox,
         name}), cut at the image's edges; what is malformed, lies outside or has no text is left out. Raises Skip if none is left."""
-        found, turn, raw = [], 1, next((self.members[s] for s in IMAGES if s in self.members), b"")
+        found, turn, raw = [], 1, self.image_bytes() or b""
         with contextlib.suppress(Exception):                 # an unreadable image is image()'s business
             turn = Image.open(io.BytesIO(raw), formats=("JPEG", "PNG", "WEBP")).getexif().get(0x0112, 1)
         turn = turn if turn in range(1, 9) else 1            # as Pillow, which turns nothing where the tag holds anything else
@@ -500,9 +505,12 @@ class Rows:
         raise UserError(f"none of the {self.plan.n} samples can be used ({dict(skipped)}): python data.py check tells more")
 
 
-def indices_of(*patterns):
-    """The Index of each set of training shards, None where there is none."""
-    return [p and common.rank0_first(lambda p=p: Index(expand(p))) for p in patterns]
+def open_index(paths):                                       # their Index, made by rank 0 if it is not cached; the others find it done
+    return common.rank0_first(lambda: Index(paths))
+
+
+def indices_of(*patterns):                                   # the Index of each set of training shards, None where there is none
+    return [p and open_index(expand(p)) for p in patterns]
 
 
 def mixture(cfg, indices, share, example):
@@ -1286,7 +1294,7 @@ def measure(path, rows, texts=True):
             try:
                 sample = Sample(*unpack(f.read(span)))
                 code = difference_hash(sample.image(near=128))
-                raw = next(sample.members[s] for s in IMAGES if s in sample.members)
+                raw = sample.image_bytes()
                 sides = [sample.json.get(f"original_{side}") for side in ("width", "height")]
                 if not all(isinstance(side, int) and side > 0 for side in sides):
                     sides = Image.open(io.BytesIO(raw)).size
@@ -1371,9 +1379,8 @@ def bench(paths, image_size=224, workers=(0, 1, os.cpu_count()), images=2000, re
     batch, near = max(1, min(64, images // 8, len(index) // 8)), round(image_size * 346 / 289)
     plan, steps, raws, speed = Plan(index.starts, batch, 0, 16), min(images, len(index)) // batch, [], collections.defaultdict(list)
     for p in range(steps * batch):
-        with contextlib.suppress(Skip, StopIteration):
-            members = index[plan.sample(0, p)].members
-            raws.append(next(members[s] for s in IMAGES if s in members))
+        with contextlib.suppress(Skip):
+            raws += filter(None, [index[plan.sample(0, p)].image_bytes()])
     if len(raws) < 2 * batch or repeats < 1 or image_size < 1 or min(workers) < 0:
         raise UserError(f"{len(raws)} images to {image_size} px with --repeats {repeats}, --workers {min(workers)}: too few to time anything")
 

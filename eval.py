@@ -834,7 +834,7 @@ def zeroshot(model, tokenizer, paths, cfg, device, store=None):
     """Prompt ensembling (formats of CLIP_benchmark): templates x class names beside the shards. With unseen.txt there, classes that never
     occurred in training are scored apart; every image competes among all classes. With model.rerank also _itm: each image's 16 best classes in
     the order of the mean of the prompts' scores."""
-    names, index = class_names(paths), rank0_first(lambda: data.Index(paths))
+    names, index = class_names(paths), data.open_index(paths)
     templates = data.beside(paths, "zeroshot_classification_templates.txt") or ["a photo of a {c}."]
     image, labels, ids = embed_labelled("images", model, index, cfg, device, store)
     labels, P = fitting(labels, names, paths), len(templates)
@@ -853,7 +853,7 @@ def zeroshot(model, tokenizer, paths, cfg, device, store=None):
 
 def retrieval(model, tokenizer, paths, cfg, device, store=None):
     """Recall at 1, 5, 10 both ways over all captions of all images. With model.rerank also _itm: each query's 16 best in the order of score."""
-    index = rank0_first(lambda: data.Index(paths))
+    index = data.open_index(paths)
     image, text, owner, ids = embed_pairs(model, tokenizer, index, cfg, device, store)
     sim = text @ image.T
     recall = {"": recall_at_k(sim, owner)}
@@ -871,7 +871,7 @@ def frozen(kind, model, paths, cfg, device, store=None):
     bank = bank_of(paths)
     if not bank:
         raise UserError(f"kNN and the probes need labelled training shards: none in the folder of {paths[0]}")
-    indices = [rank0_first(lambda p=p: data.Index(p)) for p in (bank, paths)]
+    indices = [data.open_index(p) for p in (bank, paths)]
     (train, train_labels, _), (test, labels, _) = (embed_labelled(kind, model, index, cfg, device, store) for index in indices)
     known = torch.isin(labels, train_labels)
     if not known.any():
@@ -901,7 +901,7 @@ def attentive(model, tokenizer, paths, cfg, device, store=None):
 def caption(model, tokenizer, paths, cfg, device, store=None):
     """Greedy captions. Captioned shards: BLEU-4 and CIDEr (simple tokens) against all references, and the mean cost of a reference's token given
     its own and given another image. Labelled shards with class names: share of captions in which the name of the class stands."""
-    index = rank0_first(lambda: data.Index(paths))
+    index = data.open_index(paths)
     labelled = has_classes(index)
     names = class_names(paths) if labelled else ()
     images, labels, numbers = read(index, lambda s: s.label() if labelled else s.captions(lines=True) and 0, model)
@@ -951,14 +951,15 @@ def has_classes(index):
     """Has the first readable record a label rather than a caption?"""
     for i in range(len(index)):
         with contextlib.suppress(data.Skip):
-            return "cls" in index[i].members and "txt" not in index[i].members and "caption" not in index[i].json
+            sample = index[i]
+            return "cls" in sample.members and not sample.captioned()
     return False
 
 
 def tasks_for(paths):
     """What the first record of these shards allows: captions -> retrieval and captioning; classes -> zero-shot and classes named in captions,
     and if there is a bank kNN and linear probe."""
-    if not has_classes(rank0_first(lambda: data.Index(paths))):
+    if not has_classes(data.open_index(paths)):
         return ["retrieval", "caption"]
     return ["zeroshot", "caption"] + ["knn", "linear"] * bool(bank_of(paths))
 
@@ -966,7 +967,7 @@ def tasks_for(paths):
 def held_out(cfg):
     """Pairs to draw pictures from: the first captioned --val, else training shards -> (Index, what they are)."""
     paths = next((p for p in (data.expand(v, "test") for v in cfg.val or ()) if "retrieval" in tasks_for(p)), None)
-    return rank0_first(lambda: data.Index(paths or data.expand(cfg.data or cfg.labels)[:1])), "held-out pairs" if paths else "training images"
+    return data.open_index(paths or data.expand(cfg.data or cfg.labels)[:1]), "held-out pairs" if paths else "training images"
 
 
 def specimens(index, n):
@@ -1145,7 +1146,7 @@ def find(args, device):
     if not (args.text or args.image):
         raise UserError("search needs --text, --image, or both")
     paths = [p for _, files in data_sets(args, "pairs") for p in files]
-    index = rank0_first(lambda: data.Index(paths))
+    index = data.open_index(paths)
     for checkpoint in args.checkpoint:
         model, tokenizer, cfg, _, store = opened(checkpoint, device, "retrieval" if args.text or args.minus else None)
         query = dict(text=args.text, image=args.image, minus=args.minus, weights=args.weights, k=args.k)

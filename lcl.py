@@ -401,7 +401,7 @@ def main(cfg):
         with common.autocast(cfg, device):
             tokens, latent = common.in_chunks(encode, cfg.micro, batch["images"])
             x = model.embed(batch["ids"], batch["position"], batch["slots"], tokens)
-            x, = common.in_chunks(lambda x, doc: (trunk(x, same_document(doc) if cfg.pack else None),), cfg.micro, x, batch["doc"])
+            x = common.in_chunks(lambda x, doc: trunk(x, same_document(doc) if cfg.pack else None), cfg.micro, x, batch["doc"])
             x = F.pad(x.flatten(0, 1), (0, 0, 0, 1))         # padding looks one place behind the last row
             # F.embedding: the gradient of x[...] on the CPU depends on its threads' order
             context, logits = model.contexts(F.embedding(batch["soi"], x)), model.logits(F.embedding(batch["label_at"], x))

@@ -145,7 +145,7 @@ def view(image, rng, cfg, second=False):
 
 def example(sample, rng, cfg, tokenizer):
     """A training row: two views with their geometry, and a caption, a class (-1 = none), or both."""
-    captioned = "txt" in sample.members or "caption" in sample.json
+    captioned = sample.captioned()
     tokens, valid = tokenizer.pad(sample.caption(rng) if captioned else "", cfg.context)
     image = sample.image(near=round(cfg.image_size / cfg.scale ** 0.5))
     (first, g1), (second, g2) = view(image, rng, cfg), view(image, rng, cfg, True)
@@ -279,7 +279,7 @@ class M3I(nn.Module):
     def targets(self, images, encode, micro):                # (B, 3, S, S) -> (B, L, D), each of zero mean and unit deviation
         if not self.ema:
             return common.normalised(self.vision.patches(images))[0]
-        z = self.average[1](common.in_chunks(lambda x: (encode(x),), micro, images)[0])
+        z = self.average[1](common.in_chunks(encode, micro, images))
         return F.layer_norm(z.to(torch.promote_types(z.dtype, torch.float32)), [z.shape[2]])
 
     def mean(self, x, own):                                  # (B, L, D), (B, L) bool -> (B, D): mean of those tokens, in float32 at least
@@ -341,7 +341,7 @@ def losses(model, batch, own, k, cfg, encode, slow=None):
     if cfg.pool == "all":                                    # as CutMix: one description for both images, each with its share of patches
         images = [(torch.ones_like(own), mine, shown.float().mean(1)) for shown, mine, _ in images]
     with common.autocast(cfg, device):
-        z, = common.in_chunks(lambda x: (encode(x),), cfg.micro, torch.where(pixels(own, cfg.patch), batch["first"], other(batch["first"])))
+        z = common.in_chunks(encode, cfg.micro, torch.where(pixels(own, cfg.patch), batch["first"], other(batch["first"])))
         if k < L and weights["intra"] + weights["inter"]:
             projected, (g1, g2) = model.projector(z), batch["geometry"].unbind(1)
             if weights["intra"]:                             # hidden patches only: the visible ones need no prediction
@@ -351,7 +351,7 @@ def losses(model, batch, own, k, cfg, encode, slow=None):
                               other(model.targets(batch["second"], slow, cfg.micro)), torch.ones_like(own)))
         pooled = [model.mean(z, shown) for shown, _, _ in images]
         if weights["text"]:
-            texts, = common.in_chunks(lambda t, v: (model.encode_text(t, v),), cfg.micro, batch["tokens"], batch["valid"])
+            texts = common.in_chunks(model.encode_text, cfg.micro, batch["tokens"], batch["valid"])
             seen = [unit(model.text_head(x)) for x in pooled]
         logits = [model.class_head(x) for x in pooled] if weights["class"] else []
     terms = {name: image_loss(pred, target, scored, cfg.moment) for name, pred, target, scored in found}

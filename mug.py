@@ -250,7 +250,7 @@ def main(cfg):
     device = common.start(cfg)
     cfg = data.with_world(cfg)
     state = common.resume(cfg, "MUG")
-    index = common.rank0_first(lambda: data.Index(data.expand(cfg.data)))
+    index = data.open_index(data.expand(cfg.data))
     tokenizer = common.rank0_first(lambda: data.vocabulary(cfg, index, state))
     plan = data.Plan(index.starts, cfg.batch, cfg.seed, cfg.window)
     model = MUG(cfg).to(device)

@@ -351,7 +351,7 @@ def losses(model, batch, noise, generator, cfg, rise, mixing, fast=None, slow=No
     alpha, terms, gauges = cfg.alpha * rise * (model.teacher is not None), {}, {}
     with common.autocast(cfg, images.device):
         seen, tapped = chunks(lambda x: fast.vision(x, tap=model.tap), images)
-        states, = chunks(lambda t, v: (fast.text(t, v),), tokens, valid)
+        states = chunks(fast.text, tokens, valid)
         image, text = model.image_embeds(seen[:, 0]), model.text_embeds(states)
     logits = similarities(image, text, tau)
     pairs = F.one_hot(rank() * B + torch.arange(B, device=tokens.device), logits[0].shape[1]).to(image.dtype)      # (B, G)
@@ -359,9 +359,8 @@ def losses(model, batch, noise, generator, cfg, rise, mixing, fast=None, slow=No
     if model.teacher:
         with torch.no_grad():
             with common.autocast(cfg, images.device):
-                seen_slow, = chunks(lambda x: (slow.vision(x),), images)
-                opinion = model.teacher.text_embeds(chunks(lambda t, v: (slow.text(t, v),), tokens, valid)[0])
-                opinion = model.teacher.image_embeds(seen_slow[:, 0]), opinion
+                seen_slow = chunks(slow.vision, images)
+                opinion = model.teacher.image_embeds(seen_slow[:, 0]), model.teacher.text_embeds(chunks(slow.text, tokens, valid))
             targets = [alpha * x.softmax(1) + (1 - alpha) * pairs for x in similarities(*opinion, tau)]
     terms["itc"] = soft_itc(logits, targets)
 
@@ -372,9 +371,9 @@ def losses(model, batch, noise, generator, cfg, rise, mixing, fast=None, slow=No
         shown, at, asked = mask_tokens(tokens, valid, words.view(B, 2, L), cfg.mask_ratio, cfg.vocab_size)
         pick = at[..., None].expand(-1, -1, cfg.text_dim)
         with common.autocast(cfg, images.device):
-            joint, = chunks(lambda *x: (fast.fuse(*x)[:, 0],), states.index_select(0, rows_t), valid[rows_t], seen.index_select(0, rows_i))
+            joint = chunks(lambda *x: fast.fuse(*x)[:, 0], states.index_select(0, rows_t), valid[rows_t], seen.index_select(0, rows_i))
             match = model.match(joint).float()
-            states_at = lambda run, latent: chunks(lambda t, v, z: (run.fuse(run.text(t, v), v, z),), shown, valid, latent)[0].gather(1, pick)
+            states_at = lambda run, latent: chunks(lambda t, v, z: run.fuse(run.text(t, v), v, z), shown, valid, latent).gather(1, pick)
             guessed = model.word(states_at(fast, seen)).float().log_softmax(2)
             with torch.no_grad():
                 taught = model.teacher.word(states_at(slow, seen_slow)).float().softmax(2)
@@ -386,8 +385,8 @@ def losses(model, batch, noise, generator, cfg, rise, mixing, fast=None, slow=No
     if boxes:
         R, E = batch["region_used"].shape
         with common.autocast(cfg, images.device):
-            h, = chunks(lambda x: (fast.vision(x, upto=model.tap)[:, 1:],), batch["region_images"])                # the blocks above are not run
-            g, = chunks(lambda t, v: (fast.text(t, v)[:, 0],), batch["region_tokens"].flatten(0, 1), batch["region_valid"].flatten(0, 1))
+            h = chunks(lambda x: fast.vision(x, upto=model.tap)[:, 1:], batch["region_images"])                    # the blocks above are not run
+            g = chunks(lambda t, v: fast.text(t, v)[:, 0], batch["region_tokens"].flatten(0, 1), batch["region_valid"].flatten(0, 1))
             found = model.predictor(h.repeat_interleave(E, 0), g)                                # (R * E, N, 2)
         terms["pta"], gauges = pta_loss(found, batch["region_patches"].flatten(0, 1), batch["region_used"].flatten())
     if mixing:
@@ -396,8 +395,7 @@ def losses(model, batch, noise, generator, cfg, rise, mixing, fast=None, slow=No
         mix = MIXERS[cfg.mix](batch, scores, chance, model.vision.grid, generator, cfg)
         labels = soft_labels(cfg.targets, mix, cfg.block, *logits, scores.exp())
         with common.autocast(cfg, images.device):
-            mixed, = chunks(lambda x: (fast.vision(x)[:, 0],), mix.images)
-            mixed = model.image_embeds(mixed)
+            mixed = model.image_embeds(chunks(lambda x: fast.vision(x)[:, 0], mix.images))
         terms["mix"] = soft_itc(similarities(mixed, text, tau), labels)
     return terms, gauges
 
@@ -449,8 +447,7 @@ def region_example(sample, rng, cfg, tokenizer):
     left, top = int(rng.integers(int(x) + 1)), int(rng.integers(int(y) + 1))
     right, bottom = (int(rng.integers(math.ceil(least), most + 1)) for least, most in ((x + w, image.width), (y + h, image.height)))
     flip, n = cfg.flip and rng.random() < 0.5, cfg.image_size // cfg.patch
-    captioned = cfg.whole and ("txt" in sample.members or "caption" in sample.json)
-    found = [(sample.caption(rng), np.ones((n, n), bool))] if captioned else []
+    found = [(sample.caption(rng), np.ones((n, n), bool))] if cfg.whole and sample.captioned() else []
     for i in rng.permutation(len(boxes)):
         x, y, w, h, text = boxes[i]
         a, b, c, d = max(x, left), max(y, top), min(x + w, right), min(y + h, bottom)
