@@ -244,6 +244,10 @@ def normalised(patches):
     return (patches - mean) / std, mean, std
 
 
+def at_end(states, valid):                                   # (B, L, D), (B, L) with padding last -> (B, D): each row's last valid state
+    return states.gather(1, (valid.sum(1) - 1)[:, None, None].expand(-1, 1, states.shape[2]))[:, 0]
+
+
 def in_chunks(fn, micro, *rows):
     """fn(*rows) -> a tensor or a tuple of them, a row for each input row; `micro` rows at a time, recomputed in backward: less memory."""
     if not micro or micro >= len(rows[0]):

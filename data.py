@@ -31,7 +31,7 @@ MAX_CAPTION = 10_000             # characters; what lies beyond cannot reach any
 # Why a sample is passed over, and whether that counts towards the tenth that stops a run: "kept" is counted but delivered.
 REASONS = {"shard gone": "hard", "cut sample": "hard", "unreadable json": "hard", "no image": "hard", "unreadable image": "hard",
            "too many pixels": "hard", "no caption": "hard", "no class": "hard", "no document": "hard", "empty caption": "soft",
-           "no image left": "soft", "no box": "soft", "caption not UTF-8": "kept"}
+           "no image left": "soft", "no box": "soft", "no mask": "hard", "no question": "soft", "caption not UTF-8": "kept"}
 
 
 class Skip(Exception):
@@ -337,9 +337,9 @@ class Sample:
         except Exception:                                    # Pillow's decoders fail in many ways: OSError, SyntaxError, struct.error, ...
             raise Skip("unreadable image") from None
 
-    def boxes(self, width, height):
-        """[(x, y, w, h, text)] in pixels of the upright image, which is width x height: the json's "boxes" ({x, y, w, h, text}) or "segments" ({bbox,
-        name}), cut at the image's edges; what is malformed, lies outside or has no text is left out. Raises Skip if none is left."""
+    def boxes(self, width, height, *fields):
+        """[(x, y, w, h, text, *its other `fields`)] in pixels of the upright image, which is width x height: the json's "boxes" ({x, y, w, h, text})
+        or "segments" ({bbox, name}), cut at the image's edges; what is malformed, outside or has no text is left out. Raises Skip if none is left."""
         found, turn, raw = [], 1, self.image_bytes() or b""
         with contextlib.suppress(Exception):                 # an unreadable image is image()'s business
             turn = Image.open(io.BytesIO(raw), formats=("JPEG", "PNG", "WEBP")).getexif().get(0x0112, 1)
@@ -355,7 +355,7 @@ class Sample:
             w, h = right - x, bottom - y
             if w > 0 and h > 0 and text:
                 x, y = W - right if turn in (2, 3, 7, 8) else x, H - bottom if turn in (3, 4, 6, 7) else y       # EXIF: mirrored, then transposed
-                found.append((y, x, h, w, text) if turn >= 5 else (x, y, w, h, text))
+                found.append((*((y, x, h, w) if turn >= 5 else (x, y, w, h)), text, *map(box.get, fields)))
         if not found:
             raise Skip("no box")
         return found
@@ -453,11 +453,11 @@ class Plan:
         self.steps_per_epoch, self.cached = self.n // batch, {}
 
     def remember(self, key, make):
-        if key not in self.cached:
+        if (found := self.cached.get(key)) is None:          # threads may share a plan: at worst two of them make the same
             if len(self.cached) > 8:
                 self.cached.clear()
-            self.cached[key] = make()
-        return self.cached[key]
+            found = self.cached[key] = make()
+        return found
 
     def shards(self, epoch):
         """Permuted shards, and the position in the epoch at which each window ends."""
@@ -753,7 +753,7 @@ def with_world(cfg, **fields):
 
 # ---- the built-in world: scenes of simple objects, small enough for a laptop, rich enough that every method here shows a result ----
 
-GENERATOR, SIDE, MARGIN = 1, 64, 7     # raise the first with any change below: folder names depend on it; the margin survives a crop of 8 %
+GENERATOR, SIDE, MARGIN = 2, 64, 7     # raise the first with any change below: folder names depend on it; the margin survives a crop of 8 %
 COLOURS = {"red": (225, 30, 35), "pink": (255, 125, 190), "yellow": (245, 220, 30), "green": (35, 165, 50),      # no word that may follow
            "cyan": (50, 210, 225), "blue": (40, 70, 235), "purple": (145, 45, 190), "white": (250, 250, 250)}    # "a" starts with a vowel
 GROUNDS = {"grey": (112, 112, 114), "brown": (112, 84, 60), "dark": (52, 52, 58), "khaki": (92, 98, 60)}         # muted: no object's colour
@@ -900,7 +900,7 @@ def record(stream, number, seed=0, noise=0.0, scenes=20000):
     if stream == "pairs/train" and rng.random() < noise:
         other = record(stream, (number + int(rng.integers(1, max(scenes, 2)))) % scenes, seed, 0, scenes)["json"]["caption"]
         texts = other if rng.random() < 0.5 else [str(rng.choice(BOILERPLATE)).format(rng.integers(100, 10000))]
-    boxes = [{"x": o.x, "y": o.y, "w": o.w, "h": o.h, "text": f"a {o.full}"} for o in s.things]
+    boxes = [{"x": o.x, "y": o.y, "w": o.w, "h": o.h, "text": f"a {o.full}", "name": o.name} for o in s.things]
     return {"jpg": s.image, "json": {"caption": texts, "boxes": boxes, "qa": qa}, **label, "seg.png": s.mask}
 
 

@@ -13,7 +13,7 @@ Every number is a fraction of the whole split. Several ranks share the work with
 
 Dimension key: I images, T texts, C classes, P prompts of a class, E joint embedding, D width.
 """
-import argparse, collections, colorsys, contextlib, functools, hashlib, importlib, itertools, json, math, operator, os, re, sys
+import argparse, collections, colorsys, contextlib, copy, dataclasses, functools, hashlib, importlib, io, itertools, json, math, operator, os, re, sys
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -255,20 +255,27 @@ def cider(hyps, refs):                                       # hyps [str], refs 
     return sum(scores) / len(scores)
 
 
-def mean_iou(pred, target, classes, ignore=0):               # integer maps of one shape, or lists of such maps -> fraction, or None
-    """Mean over classes of intersection / union, each summed over the whole split (ADE20K's; formats 9.6). Pixels whose target is `ignore` count
-    nowhere; a class that is neither there nor predicted leaves the mean (the reference gives it 0). classes: number of indices, `ignore` included."""
-    counts = torch.zeros(classes ** 2, dtype=torch.long)     # row by target, column by prediction
-    for p, t in [(pred, target)] if isinstance(pred, torch.Tensor) else zip(pred, target, strict=True):
-        assert p.shape == t.shape, f"prediction {tuple(p.shape)} for a target of {tuple(t.shape)}"
-        p, t = p[t != ignore].long().cpu(), t[t != ignore].long().cpu()
-        for name, x in (("prediction", p), ("target", t)):
-            assert len(x) == 0 or 0 <= x.min() and x.max() < classes, f"{name} {x.min()} .. {x.max()} is not in 0 .. {classes - 1}"
-        counts += (classes * t + p).bincount(minlength=classes ** 2)
-    counts = counts.view(classes, classes)
+def confusion(pred, target, classes, ignore=0):              # integer maps of one shape -> (classes, classes) pixels by target and prediction
+    """Pixels whose target is `ignore` count nowhere. AssertionError for a class beyond `classes`."""
+    assert pred.shape == target.shape, f"prediction {tuple(pred.shape)} for a target of {tuple(target.shape)}"
+    p, t = pred[target != ignore].long().cpu(), target[target != ignore].long().cpu()
+    for name, x in (("prediction", p), ("target", t)):
+        assert len(x) == 0 or 0 <= x.min() and x.max() < classes, f"{name} {x.min()} .. {x.max()} is not in 0 .. {classes - 1}"
+    return (classes * t + p).bincount(minlength=classes ** 2).view(classes, classes)
+
+
+def iou_of(counts, ignore=0):                                # what confusion() gave, summed over a split -> mean IoU or None, classes in it
+    """ADE20K's (formats 9.6): a class that is neither there nor predicted leaves the mean (the reference gives it 0)."""
     both, union = counts.diag().double(), counts.sum(0) + counts.sum(1) - counts.diag()
-    there = (union > 0) & (torch.arange(classes) != ignore)
-    return (both[there] / union[there]).mean().item() if there.any() else None
+    there = (union > 0) & (torch.arange(len(counts)) != ignore)
+    return (both[there] / union[there]).mean().item() if there.any() else None, int(there.sum())
+
+
+def mean_iou(pred, target, classes, ignore=0):               # integer maps of one shape, or lists of such maps -> fraction, or None
+    """Mean over classes of intersection / union, each summed over the whole split; pixels whose target is `ignore` count nowhere. classes: number of
+    indices, `ignore` included."""
+    pairs = [(pred, target)] if isinstance(pred, torch.Tensor) else zip(pred, target, strict=True)
+    return iou_of(sum(confusion(p, t, classes, ignore) for p, t in pairs), ignore)[0]
 
 
 def overlaps(boxes, truths, crowd):                          # (D, 4), (G, 4) of x, y, width, height; crowd (G,) -> (D, G)
@@ -302,10 +309,11 @@ def match(found, real):
     return hits, void, (~ignored).sum(1)
 
 
-def average_precision(detections, truths):                   # COCO dicts -> {"AP", "AP50", "AP75", "S", "M", "L"}: fractions, or None
+def average_precision(detections, truths, images=None):      # COCO dicts -> {"AP", "AP50", "AP75", "S", "M", "L"}: fractions, or None
     """Box AP as pycocotools counts it (formats 9.7): precision made non-increasing, read at 101 recalls, mean over classes and over IoUs of 0.5 to
     0.95; S, M, L by area. detections {"image_id", "category_id", "bbox": [x, y, w, h], "score"}, at most the best 100 of an image and class;
-    truths the same without score, and maybe "iscrowd" and "area" (else w * h). None where there is nothing to find."""
+    truths the same without score, and maybe "iscrowd" and "area" (else w * h). None where there is nothing to find. images, {category: training
+    images that show it}: also "rare" (at most 10 of them), "common" (at most 100) and "frequent", the groups of LVIS."""
     groups, classes, table = collections.defaultdict(lambda: ([], [])), collections.defaultdict(list), []
     for kind, rows in enumerate((detections, truths)):
         for row in rows:
@@ -326,6 +334,9 @@ def average_precision(detections, truths):                   # COCO dicts -> {"A
         table.append(ap)
     table = np.array(table).reshape(-1, 4, 10)
     rows = {"AP": table[:, 0], "AP50": table[:, 0, 0], "AP75": table[:, 0, 5], "S": table[:, 1], "M": table[:, 2], "L": table[:, 3]}
+    if images is not None:
+        shown = np.array([images.get(c, 0) for c in classes])
+        rows |= {"rare": table[shown <= 10, 0], "common": table[(10 < shown) & (shown <= 100), 0], "frequent": table[shown > 100, 0]}
     return {name: float(x[~np.isnan(x)].mean()) if (~np.isnan(x)).any() else None for name, x in rows.items()}
 
 
@@ -625,9 +636,8 @@ def share_of(n):
     return range(rank() * n // world(), (rank() + 1) * n // world())
 
 
-def decoded(index, numbers, wanted, model):
-    """[(uint8 image (3, S, S), wanted(sample), its number)] in order, and the reasons why some have none."""
-    view = view_of(model)
+def decoded(index, numbers, wanted, view):
+    """[(view(image), uint8 (3, S, S), wanted(sample), its number)] in order, and the reasons why some have none."""
 
     def one(i):
         try:
@@ -646,15 +656,27 @@ def tell(lost, n):
         print(f"warning: {len(lost)} of {n} samples left out of the evaluation: {', '.join(sorted(set(lost)))}", file=sys.stderr)
 
 
-def read(index, wanted, model):
-    """This rank's share of an index -> uint8 images (n, 3, S, S), wanted(sample) of each, their sample numbers. Unusable samples are
+def looks(index, wanted, model, view=None, block=2048):
+    """This rank's share of an index, a block at a time: uint8 images (n, 3, S, S), wanted(sample) of each, their sample numbers. Unusable samples are
     left out and counted aloud."""
-    size, (rows, lost) = model.vision.grid * model.vision.patch, decoded(index, share_of(len(index)), wanted, model)
-    if not sum(common.all_gather(torch.tensor([len(rows)])).tolist()):
-        raise UserError(f"none of the {len(index)} samples of {index.paths[0]} ... can be evaluated: {', '.join(sorted(set(lost)))}")
-    tell(lost, len(rows) + len(lost))
-    images, extras, ids = zip(*rows) if rows else ((), (), ())
-    return torch.from_numpy(np.array(images, np.uint8).reshape(-1, 3, size, size)), list(extras), torch.tensor(ids, dtype=torch.long)
+    share, lost = share_of(len(index)), []
+    for start in tqdm(range(share.start, share.stop, block), "reading", unit=f"{block} images", leave=False, disable=rank() > 0 or None):
+        rows, without = decoded(index, range(start, min(start + block, share.stop)), wanted, view or view_of(model))
+        lost += without
+        if rows:
+            images, extras, ids = zip(*rows)
+            yield torch.from_numpy(np.stack(images)), list(extras), list(ids)
+    tell(lost, len(share))
+
+
+def read(index, wanted, model):
+    """All of that at once; sample numbers as a tensor. UserError if no rank has anything."""
+    size, blocks = model.vision.grid * model.vision.patch, list(looks(index, wanted, model))
+    images, extras, ids = zip(*blocks) if blocks else ((), (), ())
+    ids = torch.tensor(sum(ids, []), dtype=torch.long)
+    if not len(collect(ids)):
+        raise UserError(f"none of the {len(index)} samples of {index.paths[0]} ... can be evaluated")
+    return torch.cat([torch.zeros(0, 3, size, size, dtype=torch.uint8), *images]), sum(extras, []), ids
 
 
 @torch.no_grad()
@@ -710,21 +732,16 @@ def class_or_none(sample):
     return -1
 
 
-def embed(kind, model, index, cfg, device, store=None, block=2048):
+def embed(kind, model, index, cfg, device, store=None):
     """Shards of any size -> features of one of KINDS (I, ...), class (I,), -1 = none, and sample number (I,) of every readable image. The
     others are counted aloud."""
     def make():
         fn, dtype = KINDS[kind](model), torch.float16 if kind == "tokens" else torch.float32     # tokens are many: half precision
-        size, share = model.vision.grid * model.vision.patch, share_of(len(index))
-        features, classes, numbers, lost = [in_batches(fn, cfg, device, torch.zeros(0, 3, size, size, dtype=torch.uint8)).to(dtype)], [], [], []
-        for start in tqdm(range(share.start, share.stop, block), "embedding", unit=f"{block} images", leave=False, disable=rank() > 0 or None):
-            rows, without = decoded(index, range(start, min(start + block, share.stop)), class_or_none, model)
-            lost += without
-            if rows:
-                images, labels, ids = zip(*rows)
-                features.append(in_batches(fn, cfg, device, torch.from_numpy(np.stack(images))).to(dtype))
-                classes, numbers = classes + list(labels), numbers + list(ids)
-        tell(lost, len(share))
+        size = model.vision.grid * model.vision.patch
+        features, classes, numbers = [in_batches(fn, cfg, device, torch.zeros(0, 3, size, size, dtype=torch.uint8)).to(dtype)], [], []
+        for images, labels, ids in looks(index, class_or_none, model):
+            features.append(in_batches(fn, cfg, device, images).to(dtype))
+            classes, numbers = classes + labels, numbers + ids
         return collect(torch.cat(features)), *(collect(torch.tensor(x, dtype=torch.long)) for x in (classes, numbers))
     found = (store or Store())(kind, index, make)
     if not len(found[0]):
@@ -822,7 +839,7 @@ def judged(name, pred, labels):
 def pair_scores(model, tokenizer, index, ids, texts, cfg, device):
     """-> fn(image (n,), text (n,)) = model.score of those pairs of samples `ids` and texts. The tokens of all images are held in memory, in half
     precision."""
-    rows, _ = decoded(index, ids[share_of(len(ids))].tolist(), lambda s: None, model)
+    rows, _ = decoded(index, ids[share_of(len(ids))].tolist(), lambda s: None, view_of(model))
     size = model.vision.grid * model.vision.patch
     images = torch.from_numpy(np.array([r[0] for r in rows], np.uint8).reshape(-1, 3, size, size))
     seen, (tokens, valid) = collect(in_batches(model.vision, cfg, device, images).half()), tokenize(tokenizer, texts, cfg)
@@ -938,8 +955,604 @@ def bank_of(paths):
     return []
 
 
+# ---- trained heads: the transfers that ask for more than a frozen feature; each an encoder, a plain head and one loop ----
+
+@dataclasses.dataclass
+class Recipe:
+    """How an encoder and its head are trained. The defaults are MAE's for fine-tuning ViT-B, without RandAugment and erasing."""
+    epochs: float = 100          # MAE
+    batch: int = 1024            # MAE; at most an eighth of the samples (ours)
+    lr: float = 5e-4             # MAE, for 256 images; more for more of them, not less for fewer (ours)
+    warmup: float = 0.05         # MAE: 5 of 100 epochs
+    wd: float = 0.05             # MAE
+    layer_decay: float = 0.65    # MAE, ViT-B: of the rate, from each layer to the one below
+    drop_path: float = 0.1       # MAE, ViT-B: chance that the last block's branches are left out for an image, falling to 0 at the first
+    scale: float = 0.08          # MAE: least area of the random resized crop
+    flip: bool = True            # MAE
+    mixup: float = 0.8           # MAE: both parameters of its beta distribution
+    cutmix: float = 1.0          # MAE: likewise; each step takes one of the two
+    smoothing: float = 0.1       # MAE
+    frozen: bool = False         # is the head alone trained?
+    shots: int = None            # training samples of a class; none = all
+    percent: float = None        # of the training samples (finetune: of each class); none = all
+    seed: int = 0
+    out: str = None              # folder for pictures
+
+
+RECIPES = {                                                  # the rates of heads beside frozen encoders: see recipe()
+    "finetune": Recipe(),
+    "segment": Recipe(epochs=128, batch=16, lr=1.28e-3, layer_decay=0.8, scale=0.25),            # public runs with MAE's ViT-B on ADE20K: 8e-5 for 16
+    "detect": Recipe(epochs=100, batch=64, lr=4e-4, layer_decay=0.7, wd=0.1, scale=0.25),        # as ViTDet: 1e-4 for 64
+    "vqa": Recipe(epochs=8, batch=256, lr=1e-4, layer_decay=1.0, wd=0.02, drop_path=0.0)}        # ALBEF's length and decay; rate ours
+DEMO = {                                                     # the built-in world and small models on two CPU cores
+    "finetune": dict(epochs=12, batch=64, lr=3e-3, scale=0.5, layer_decay=0.9, mixup=0, cutmix=0, drop_path=0),
+    "segment": dict(epochs=0.5, batch=64, lr=3e-3, layer_decay=0.9, drop_path=0),
+    "detect": dict(epochs=0.5, batch=64, lr=3e-3, layer_decay=0.9, drop_path=0),
+    "vqa": dict(epochs=0.6, batch=64, lr=2e-3)}
+
+
+def layers(head, how):
+    """Parameter groups of a module with a ViT `vision` in it: MAE's rates, falling by how.layer_decay from the top to the embeddings, and no decay of
+    1-D parameters, class token and positions (formats 10.4)."""
+    groups, depth = {}, len(head.vision.blocks)
+    inside = {id(p): name for name, p in head.vision.named_parameters()}
+    for p in (p for p in head.parameters() if p.requires_grad):
+        name = inside.get(id(p), "head")
+        layer = int(name.split(".")[1]) + 1 if name.startswith("blocks") else 0 if name.startswith(("cls_", "pos_", "patch_")) else depth + 1
+        key = how.layer_decay ** (depth + 1 - layer), 0.0 if p.ndim < 2 or name in ("cls_token", "pos_embed") else how.wd
+        groups.setdefault(key, []).append(p)
+    return [{"params": params, "scale": scale, "weight_decay": wd} for (scale, wd), params in groups.items()]
+
+
+def drop_path(vision, rate):
+    """Stochastic depth (arXiv 1603.09382): the branches of block i are left out of a row where its noise is below rate * i / (depth - 1), else they
+    grow to make up for it. The noise, vision.noise (B, 2 * depth), comes with the rows; None: nothing is left out."""
+    def drop(_, args, out, i, p):
+        return out if vision.noise is None else out * ((vision.noise[:, i] >= p) / (1 - p))[:, None, None].to(out.dtype)
+    vision.noise, depth = None, len(vision.blocks)
+    for i, branch in enumerate(branch for block in vision.blocks for branch in (block.attn, block.mlp)):
+        if p := rate * (i // 2) / max(1, depth - 1):
+            branch.register_forward_hook(functools.partial(drop, i=i, p=p))
+
+
+def mixed(images, labels, classes, how, step):
+    """Mixup or CutMix of neighbouring rows, labels smoothed (timm's, as MAE uses them; there the last row meets the first). images (B, 3, S, S)
+    float, labels (B,) -> images, targets (B, C)."""
+    targets = F.one_hot(labels, classes) * (1 - how.smoothing) + how.smoothing / classes
+    rng, S = data.rng_for(4, how.seed, step), images.shape[-1]                                   # the step's: the same on all ranks
+    cut = how.cutmix > 0 and (how.mixup == 0 or rng.random() < 0.5)
+    if not (how.mixup or how.cutmix):
+        return images, targets
+    lam, other = rng.beta(*2 * [how.cutmix if cut else how.mixup]), common.partner(images, 2)
+    if cut:
+        half, centre = S * math.sqrt(1 - lam) / 2, rng.integers(0, S, 2)
+        (top, left), (bottom, right) = ((centre + d).round().clip(0, S).astype(int) for d in (-half, half))
+        images = images.clone()
+        images[..., top:bottom, left:right] = other[..., top:bottom, left:right]
+        lam = 1 - (bottom - top) * (right - left) / S ** 2
+    else:
+        images = lam * images + (1 - lam) * other
+    return images, lam * targets + (1 - lam) * common.partner(targets, 2)
+
+
+class Classifier(torch.nn.Module):
+    """MAE's: the mean of the patch tokens through a layer norm of its own, which stands for the encoder's last, and a linear layer."""
+    def __init__(self, vision, classes, how):
+        super().__init__()
+        self.vision, self.how, width = vision, how, vision.pos_embed.shape[2]
+        self.norm, self.head = torch.nn.LayerNorm(width, eps=1e-6), torch.nn.Linear(width, classes)
+        torch.nn.init.trunc_normal_(self.head.weight, std=2e-5)
+        torch.nn.init.zeros_(self.head.bias)
+
+    def forward(self, images):                               # (B, 3, S, S) -> (B, C)
+        x = self.vision(images, upto=len(self.vision.blocks))[:, self.vision.cls_token is not None:]
+        return self.head(self.norm(x.mean(1)))
+
+    def loss(self, batch, step):
+        images = (batch["images"] / 255 - self.vision.mean) / self.vision.std
+        images, targets = mixed(images, batch["label"], self.head.out_features, self.how, step)
+        return -(targets * self(images).float().log_softmax(1)).sum(1).mean()
+
+
+class Segmenter(torch.nn.Module):
+    """A linear layer on each patch token; its logits are resized, bilinear, to the pixels."""
+    def __init__(self, vision, classes):
+        super().__init__()
+        self.vision, self.head = vision, torch.nn.Linear(vision.pos_embed.shape[2], classes)
+
+    def forward(self, images):                               # (B, 3, S, S) -> (B, C, n, n), n patches a side
+        return self.head(self.vision.patch_tokens(images)).transpose(1, 2).unflatten(2, (self.vision.grid, -1))
+
+    def loss(self, batch, step):                             # mean over the labelled pixels of all ranks
+        logits = F.interpolate(self(batch["images"]).float(), batch["mask"].shape[1:], mode="bilinear")
+        count = common.total((batch["mask"] > 0).sum()).clamp(min=1)
+        return F.cross_entropy(logits, batch["mask"].long(), ignore_index=0, reduction="sum") * world() / count
+
+
+class Detector(torch.nn.Module):
+    """FCOS (arXiv 1904.01355) at one scale: each patch tells classes, distances to the four sides of a box around its middle, and centre-ness."""
+    def __init__(self, vision, classes):
+        super().__init__()
+        width = vision.pos_embed.shape[2]
+        self.vision, self.classes = vision, classes
+        self.tower = torch.nn.ModuleList(torch.nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+        self.out = torch.nn.Linear(width, classes + 5)
+        torch.nn.init.normal_(self.out.weight, std=0.01)
+        self.out.bias.data = torch.tensor([-math.log(99)] * classes + [0.0] * 5)                 # focal loss: at first each class has 1 %
+
+    def forward(self, images):
+        """(B, 3, S, S) -> logits of the classes (B, N, C), boxes (B, N, 4) as left, top, right, bottom in pixels, logits of centre-ness (B, N)."""
+        n, x = self.vision.grid, self.vision.patch_tokens(images).transpose(1, 2).unflatten(2, (self.vision.grid, -1))
+        for conv in self.tower:
+            x = F.gelu(conv(x))
+        classes, sides, centre = self.out(x.flatten(2).transpose(1, 2)).float().split([self.classes, 4, 1], 2)
+        middle = middles(n, self.vision.patch).to(sides)
+        near, far = (self.vision.patch * sides.clamp(max=8).exp()).chunk(2, 2)
+        return classes, torch.cat([middle - near, middle + far], 2), centre[..., 0]
+
+    def loss(self, batch, step):
+        """Focal loss (2, 0.25) of the classes, generalised IoU of the boxes weighted by centre-ness, cross-entropy of centre-ness; means over the
+        positive patches of all ranks, as there."""
+        logits, boxes, centre = self(batch["images"])
+        positive, truth = batch["cls"] >= 0, batch["box"]
+        sides = torch.cat([middles(self.vision.grid, self.vision.patch).to(truth) - truth[..., :2], truth[..., 2:] - middles(
+            self.vision.grid, self.vision.patch).to(truth)], 2)                                  # (B, N, 4): to left, top, right, bottom
+        pairs = torch.stack([sides[..., [0, 2]], sides[..., [1, 3]]], 2)
+        weight = (pairs.amin(3) / pairs.amax(3).clamp(min=1e-6)).clamp(min=0).prod(2).sqrt() * positive
+        target = F.one_hot(batch["cls"].clamp(min=0), self.classes) * positive[..., None]
+        p = logits.sigmoid()
+        focal = F.binary_cross_entropy_with_logits(logits, target.float(), reduction="none")
+        focal = focal * (target * 0.25 * (1 - p) ** 2 + (1 - target) * 0.75 * p ** 2)
+        count, mass = common.total(torch.stack([positive.sum().float(), weight.sum()])).clamp(min=1e-6)
+        overlap = (1 - giou(boxes, truth)) * weight
+        told = F.binary_cross_entropy_with_logits(centre, weight, reduction="none") * positive
+        return world() * (focal.sum() / count.clamp(min=1) + overlap.sum() / mass.clamp(min=1e-3) + told.sum() / count.clamp(min=1))
+
+
+def middles(n, patch):                                       # -> (n * n, 2): x, y of the middles of the patches, row by row
+    at = (torch.arange(n) + 0.5) * patch
+    return torch.stack([at.repeat(n), at.repeat_interleave(n)], 1)
+
+
+def giou(a, b):                                              # (..., 4) as left, top, right, bottom -> (...): generalised IoU (arXiv 1902.09630)
+    area = lambda low, high: (high - low).clamp(min=0).prod(-1)
+    both = area(torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:]))
+    union = area(a[..., :2], a[..., 2:]) + area(b[..., :2], b[..., 2:]) - both
+    hull = area(torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:]))
+    return both / union.clamp(min=1e-6) - (hull - union) / hull.clamp(min=1e-6)
+
+
+def assign(boxes, classes, n, patch):
+    """FCOS's targets of the n * n patches: boxes (K, 4) x, y, w, h in pixels of the view, classes (K,) -> class (N,), -1 = none, box (N, 4).
+
+    A patch is positive for a box that holds its middle, within 1.5 patches of the box's; of several, for the smallest. The patch with the middle of
+    a box always is (ours: else no patch would learn small boxes; such a box is taken to reach to the patch's middle).
+    """
+    middle, found, target = middles(n, patch).numpy(), np.full(n * n, -1), np.zeros((n * n, 4), np.float32)
+    for k in sorted(range(len(boxes)), key=lambda k: -boxes[k][2] * boxes[k][3]):
+        x, y, w, h = boxes[k]
+        centre = np.array([x + w / 2, y + h / 2])
+        away, own = np.abs(middle - centre), (centre // patch).clip(0, n - 1).astype(int)
+        inside = (away <= np.minimum((w / 2, h / 2), 1.5 * patch)).all(1)
+        inside[own[1] * n + own[0]] = True
+        found[inside] = classes[k]
+        target[inside] = np.concatenate([np.minimum((x, y), middle[inside] - 1), np.maximum((x + w, y + h), middle[inside] + 1)], 1)
+    return found, target
+
+
+def nms(boxes, scores, classes, iou=0.6):                    # (n, 4) x, y, w, h, (n,), (n,) arrays -> indices kept, best first
+    """Non-maximum suppression within each class: a box goes if a better one that stays overlaps it by more than `iou` (FCOS: 0.6)."""
+    order, kept = (-scores).argsort(kind="stable"), []
+    rivals = (overlaps(boxes, boxes, np.zeros(len(boxes), bool)) > iou) & (classes[:, None] == classes)
+    alive = np.ones(len(boxes), bool)
+    for i in order:
+        if alive[i]:
+            kept.append(int(i))
+            alive &= ~rivals[i]
+    return kept
+
+
+class Fusion(torch.nn.Module):
+    """For methods that read no text beside an image: a question's tokens look at the image's in two blocks, all new (ours)."""
+    def __init__(self, vision, vocab, length, dim=128):
+        super().__init__()
+        self.vision, self.context = vision, length
+        self.text = common.TextTransformer(vocab, length, dim, 1, dim // 32, causal=False)
+        self.blocks = torch.nn.ModuleList(common.CrossBlock(dim, vision.pos_embed.shape[2], dim // 32) for _ in range(2))
+        self.norm = torch.nn.LayerNorm(dim, eps=1e-6)
+        self.blocks.apply(common.init_weights)
+
+    def fused(self, images, tokens, valid):                  # (B, 3, S, S), (B, L), (B, L) -> (B, dim): the state at the begin token
+        return self.norm(common.run_blocks(self.blocks, self.text(tokens, valid), self.vision(images), valid[:, None, None]))[:, 0]
+
+
+class Answerer(torch.nn.Module):
+    """The state of a question read beside an image, by the method's own text path or a Fusion, and a linear layer over the answers."""
+    def __init__(self, reader, width, answers):
+        super().__init__()
+        self.reader, self.vision = reader, reader.vision
+        self.norm, self.head = torch.nn.LayerNorm(width, eps=1e-6), torch.nn.Linear(width, answers)
+
+    def forward(self, images, tokens, valid):                # (B, 3, S, S), (B, L), (B, L) -> (B, answers)
+        longest = int(valid.sum(1).max())                    # questions are short
+        return self.head(self.norm(self.reader.fused(images, tokens[:, :longest], valid[:, :longest])))
+
+    def loss(self, batch, step):
+        return F.cross_entropy(self(batch["images"], batch["tokens"], batch["valid"]).float(), batch["answer"])
+
+
+def ahead(batches, steps):
+    """Items 0 .. steps - 1 of data.Batches, made by threads while the model computes: a process forked here, after threads have run, may hang."""
+    workers = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    with ThreadPoolExecutor(workers) as pool:
+        waiting = collections.deque(pool.submit(batches.__getitem__, step) for step in range(min(steps, workers + 1)))
+        for step in range(steps):
+            batch = waiting.popleft().result()
+            if "error" in batch:
+                raise UserError(batch["error"])
+            if step + workers + 1 < steps:
+                waiting.append(pool.submit(batches.__getitem__, step + workers + 1))
+            yield batch
+
+
+def train_head(head, index, example, how, cfg, device, label):
+    """Train a head on samples of an index, its encoder too unless how.frozen: AdamW, warm-up, cosine. example(sample, rng) -> {name: array}. Ranks
+    share the rows of a step and end with the same weights."""
+    head.vision.requires_grad_(not how.frozen)
+    drop_path(head.vision, 0 if how.frozen else how.drop_path)
+    unit = 2 * world()                                       # neighbours are mixed
+    batch = max(1, min(how.batch, len(index) // 8) // unit) * unit
+    steps = max(1, round(how.epochs * len(index) / batch))
+    run = SimpleNamespace(steps=steps, warmup=round(how.warmup * steps), schedule="cosine")
+    opt = torch.optim.AdamW(layers(head, how), betas=(0.9, 0.999))
+    rows = data.Rows(index, data.Plan(index.starts, batch, how.seed, 64), example)
+    batches, skipped = ahead(data.Batches([rows], batch, rank(), world()), steps), 0
+    head.train()
+    for step, taken in enumerate(tqdm(batches, f"{label}: steps of {batch}", steps, leave=False, disable=rank() > 0 or None)):
+        skipped = skipped + taken.pop("skipped")
+        taken = {name: x.to(device) for name, x in taken.items()}
+        head.vision.noise = taken.pop("noise")
+        with common.autocast(cfg, device):
+            loss = head.loss(taken, step)
+        for group in opt.param_groups:
+            group["lr"] = common.lr_at(step + 1, run, how.lr * max(1, batch / 256)) * group["scale"]
+        opt.zero_grad(set_to_none=True)
+        loss.backward()
+        common.average_gradients(head.parameters())
+        opt.step()
+    head.vision.noise = None
+    head.eval()
+    passed = {reason: n for reason, n in zip(data.REASONS, common.total(skipped).tolist()) if n}
+    if passed:
+        print0(f"{label}: passed over or mended in training: {', '.join(f'{n} {reason}' for reason, n in passed.items())}")
+
+
+def trained(build, index, example, model, cfg, device, how, label):
+    """(metric suffix, head), trained alike: "" from the model's weights, "_random" from new ones. build(model of its own) -> head."""
+    for suffix, name in (("", label), ("_random", f"{label}, random encoder")):
+        with torch.random.fork_rng():
+            torch.manual_seed(how.seed)
+            head = build(type(model)(cfg).to(device) if suffix else copy.deepcopy(model)).to(device)
+        row = functools.partial(example, size=model.vision.grid * model.vision.patch, depth=len(model.vision.blocks), how=how)
+        train_head(head, index, row, how, cfg, device, name)
+        yield suffix, head
+
+
+class Few:
+    """Some samples of an index, for Plan and Rows."""
+    def __init__(self, index, numbers):
+        self.index, self.numbers, self.starts, self.paths = index, numbers, np.array([0, len(numbers)]), index.paths
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __getitem__(self, i):
+        return self.index[int(self.numbers[i])]
+
+
+def chosen(paths, how, by_class=False):
+    """The training samples beside the held-out ones: all, how.percent of them, or how.shots of each class, drawn with how.seed."""
+    bank = bank_of(paths)
+    if not bank:
+        raise UserError(f"a head needs training shards: none in the folder of {paths[0]}")
+    index = data.open_index(bank)
+    if not (how.shots or how.percent):                       # nothing is read before it is needed
+        return index
+    label = [found[0] if found else -1 for found in survey(index, lambda s: [class_or_none(s)])] if by_class else [0] * len(index)
+    size, taken, numbers = collections.Counter(label), collections.Counter(), []
+    for i in data.rng_for(5, how.seed).permutation(len(label)).tolist():
+        if label[i] >= 0 and taken[label[i]] < (how.shots or math.ceil(how.percent / 100 * size[label[i]])):
+            taken[label[i]] += 1
+            numbers.append(i)
+    return Few(index, np.sort(numbers))
+
+
+def survey(index, fn):
+    """[fn(sample)] of all samples, [] for those that cannot be read."""
+    def one(i):
+        try:
+            return fn(index[i])
+        except data.Skip:
+            return []
+    return [one(i) for i in tqdm(range(len(index)), "reading records", leave=False, disable=rank() > 0 or None)]
+
+
+def drawn(sample, rng, size, depth, how):
+    """A training view: random resized crop, maybe flipped, with the noise of drop_path -> row, box (x, y, w, h), flipped, (width, height)."""
+    image = sample.image()
+    box, flip = data.random_box(rng, *image.size, how.scale), how.flip and rng.random() < 0.5
+    return {"images": data.crop(image, box, size, flip), "noise": rng.random(2 * depth, np.float32)}, box, flip, image.size
+
+
+def whole(size):
+    """A view that shows all of an image, squashed: for what has places."""
+    return lambda image: data.squash(image, size, full=1.0)
+
+
+def class_row(sample, rng, size, depth, how, names, path):
+    label = sample.label()
+    if not 0 <= label < len(names):
+        raise UserError(f"label {label} in {path}, but only {len(names)} class names beside it")
+    return {**drawn(sample, rng, size, depth, how)[0], "label": np.int64(label)}
+
+
+def finetune(model, tokenizer, paths, cfg, device, store, how):
+    """Accuracy after fine-tuning encoder and classifier on the train part; classes of unseen.txt are left out. _random: the same from new weights;
+    _majority: what the most frequent held-out class would give."""
+    names, index, train, found = class_names(paths), data.open_index(paths), chosen(paths, how, by_class=True), []
+    row = functools.partial(class_row, names=names, path=train.paths[0])
+    for suffix, head in trained(lambda m: Classifier(m.vision, len(names), how), train, row, model, cfg, device, how, "fine-tuning"):
+        pred, labels = [torch.zeros(0, dtype=torch.long)], []
+        for images, own, _ in looks(index, data.Sample.label, model):
+            pred, labels = pred + [in_batches(head, cfg, device, images).argmax(1)], labels + own
+        pred, labels = collect(torch.cat(pred)), fitting(collect(torch.tensor(labels, dtype=torch.long)), names, paths)
+        known = seen_and_unseen(paths, names, labels)
+        known = known.get("_seen", known.get(""))
+        found += judged(f"finetune{suffix}", pred[known], labels[known])
+    return found + [("finetune_majority", int(labels[known].bincount().max()) / int(known.sum()), int(known.sum()))]
+
+
+def mask_of(sample, size=None):
+    """Class numbers of the pixels (H, W). Skip where there is no such mask, or not of the image's size (width, height)."""
+    with contextlib.suppress(Exception):                     # Pillow's decoders fail in many ways
+        mask = Image.open(io.BytesIO(sample.members["seg.png"]), formats=("PNG",))
+        if size in (None, mask.size) and mask.width * mask.height <= data.MAX_PIXELS and (mask := np.asarray(mask)).ndim == 2:
+            return mask.astype(np.int32)
+    raise data.Skip("no mask")
+
+
+def mask_row(sample, rng, size, depth, how, classes):
+    row, (x, y, w, h), flip, shape = drawn(sample, rng, size, depth, how)
+    mask, at = mask_of(sample, shape), (np.arange(size) + 0.5) / size
+    if mask.max() >= classes:
+        raise UserError(f"class {mask.max()} in the mask of {sample.key}, but only {classes} names in classes.txt (line 0 is 'unlabeled')")
+    mask = mask[(y + at * h).astype(int)][:, (x + at * w).astype(int)]                           # nearest
+    return {**row, "mask": np.ascontiguousarray(mask[:, ::-1] if flip else mask)}
+
+
+def segment(model, tokenizer, paths, cfg, device, store, how):
+    """mIoU (n = classes there) and pixel accuracy of a linear head on the patch tokens, at the size of the stored masks. _random: with an encoder of
+    new weights; _majority: the most frequent held-out class everywhere."""
+    index, train, found = data.open_index(paths), chosen(paths, how), []
+    names = data.beside(paths, "classes.txt", "classnames.txt")
+    top = [] if names else [survey(part, lambda s: [int(mask_of(s).max())]) for part in (train, index)]
+    classes = len(names) if names else 1 + max(itertools.chain.from_iterable(sum(top, [])), default=0)
+    if classes < 2:
+        raise UserError(f"no mask (KEY.seg.png) with a class but 0 in {paths[0]} ... or the training shards beside it")
+    row, view = functools.partial(mask_row, classes=classes), whole(model.vision.grid * model.vision.patch)
+    for suffix, head in trained(lambda m: Segmenter(m.vision, classes), train, row, model, cfg, device, how, "segmenting"):
+        counts, cells = torch.zeros(classes, classes, dtype=torch.long), []
+        for images, masks, ids in looks(index, mask_of, model, view):
+            for x, mask, i in zip(in_batches(head, cfg, device, images)[:, 1:], map(torch.from_numpy, masks), ids):
+                pred = 1 + F.interpolate(x[None], mask.shape, mode="bilinear")[0].argmax(0)
+                counts += confusion(pred, mask, classes)
+                if len(cells) < 36 and i % max(1, len(index) // 12) == 0:
+                    image = index[i].image()
+                    cells += [(image, "", None), (overlay(image, mask), "truth", None), (overlay(image, pred * (mask > 0)), "told", None)]
+        counts = common.total(counts)
+        value, present = iou_of(counts)
+        if value is None:
+            raise UserError(f"none of the {len(index)} samples of {paths[0]} ... has a labelled pixel")
+        found += [(f"miou{suffix}", value, present), (f"pixel_accuracy{suffix}", int(counts.diag().sum()) / int(counts.sum()), int(counts.sum()))]
+        if not suffix and rank() == 0:
+            draw_to(how, "segment", cells, 9, f"Held-out images, their masks, and what is told where they are labelled; mIoU {100 * value:.1f} %")
+    constant = torch.zeros_like(counts)
+    constant[:, int(counts.sum(1).argmax())] = counts.sum(1)
+    return found + [("miou_majority", *iou_of(constant))]
+
+
+def draw_to(how, task, cells, columns, title):
+    """A sheet in the folder of the pictures, runs/TASK where none is given."""
+    out = how.out or f"runs/{task}"
+    os.makedirs(out, exist_ok=True)
+    sheet(cells, f"{out}/{task}.png", columns, title, 160)
+
+
+def box_row(sample, rng, size, depth, how, names, n):
+    row, (x, y, w, h), flip, shape = drawn(sample, rng, size, depth, how)
+    boxes, classes = [], []
+    for bx, by, bw, bh, name, crowd, _ in named_boxes(sample, shape):
+        left, right, top, bottom = ((v - o) * size / side for v, o, side in ((bx, x, w), (bx + bw, x, w), (by, y, h), (by + bh, y, h)))
+        left, right = (size - right, size - left) if flip else (left, right)
+        if not crowd and 0 < (left + right) / 2 < size and 0 < (top + bottom) / 2 < size:        # a crop keeps the boxes whose middle it holds
+            left, top, right, bottom = (min(max(v, 0), size) for v in (left, top, right, bottom))
+            boxes.append((left, top, right - left, bottom - top))
+            classes.append(names[name])
+    found, target = assign(boxes, classes, n, size // n)
+    return {**row, "cls": found, "box": target}
+
+
+def named_boxes(sample, shape):
+    """[(x, y, w, h, class name, is it a crowd?, area)]; the class is a box's "name", else its text."""
+    return [(x, y, w, h, name if isinstance(name, str) else text, bool(crowd), float(area) if isinstance(area, (int, float)) else w * h)
+            for x, y, w, h, text, name, crowd, area in sample.boxes(*shape, "name", "iscrowd", "area")]
+
+
+def boxes_told(head, index, names, model, cfg, device):
+    """A detector on held-out images -> its boxes (K, 7): image, class, x, y, w, h, score; the true ones (M, 8): image, class, x, y, w, h, crowd, area;
+    the images' sizes (I, 3): image, width, height; cells for a picture. names: {class name: number}."""
+    def wanted(sample):
+        shape, boxes = sample.image().size, []
+        with contextlib.suppress(data.Skip):                 # an image may have no box
+            boxes = [(names[name], x, y, w, h, crowd, area) for x, y, w, h, name, crowd, area in named_boxes(sample, shape)]
+        return shape, torch.tensor(boxes, dtype=torch.float32).view(-1, 7)
+
+    def shown(i, boxes, note):
+        what = [dict(zip("xywh", box), text=titles[int(c)]) for c, *box in boxes[:, :5].tolist()]
+        return overlay(index[i].image(), what), note, None
+    told, real, shapes, cells, titles = [torch.zeros(0, 7)], [torch.zeros(0, 8)], [torch.zeros(0, 3)], [], list(names)
+    size = model.vision.grid * model.vision.patch
+    for images, truths, ids in looks(index, wanted, model, whole(size)):
+        for x, (shape, boxes), i in zip(detections(head, images, cfg, device), truths, ids):
+            x[:, 1:5] *= torch.tensor(shape).repeat(2) / size
+            told.append(F.pad(x, (1, 0), value=i))
+            real.append(F.pad(boxes, (1, 0), value=i))
+            shapes.append(torch.tensor([[i, *shape]], dtype=torch.float32))
+            if len(cells) < 24 and i % max(1, len(index) // 12) == 0:
+                cells += [shown(i, boxes, "truth"), shown(i, x[x[:, 5] >= 0.3], "told")]
+    return *(collect(torch.cat(x)) for x in (told, real, shapes)), cells
+
+
+def mean_boxes(real, shapes):                                # as boxes_told() has them -> (K, 7), as well
+    """The mean true box of each class, in shares of the images' sides, in every image; its score is the class's frequency."""
+    sides = {int(i): torch.tensor([w, h]).repeat(2) for i, w, h in shapes.tolist()}
+    share = real[:, 2:6] / torch.stack([sides[int(i)] for i in real[:, 0]])
+    rows = []
+    for c in real[:, 1].unique():
+        own = share[real[:, 1] == c]
+        rows += [torch.cat([torch.tensor([i, c]), own.mean(0) * side, torch.tensor([len(own) / len(real)])]) for i, side in sides.items()]
+    return torch.stack(rows)
+
+
+def detect(model, tokenizer, paths, cfg, device, store, how):
+    """Box AP of a single-scale head on the patch tokens, all and by how many training images show the class (LVIS: rare to 10, common to 100,
+    frequent). _random: with an encoder of new weights; _mean_box: each class's mean held-out box in every image."""
+    index, train, n, found = data.open_index(paths), chosen(paths, how), model.vision.grid, []
+    names_of = lambda sample: {box[4] for box in named_boxes(sample, (10 ** 9, 10 ** 9))}        # of any size: nothing is decoded
+    seen, there = (collections.Counter(itertools.chain.from_iterable(survey(part, names_of))) for part in (train, index))
+    if not seen or not there:
+        raise UserError(f"no boxes in the json of {paths[0]} ... or of the training shards beside it")
+    names = {name: i for i, name in enumerate(sorted(seen) + sorted(there.keys() - seen.keys()))}
+    groups = dict(zip(("S", "M", "L", "rare", "common", "frequent"), "AP_small AP_medium AP_large AP_rare AP_common AP_frequent".split()))
+
+    def ap(boxes, real):
+        coco = [{"image_id": i, "category_id": c, "bbox": b, "score": score} for i, c, *b, score in boxes.tolist()]
+        truth = [{"image_id": i, "category_id": c, "bbox": b, "iscrowd": crowd, "area": area} for i, c, *b, crowd, area in real.tolist()]
+        return average_precision(coco, truth, {names[name]: images for name, images in seen.items()})
+    row = functools.partial(box_row, names=names, n=n)
+    for suffix, head in trained(lambda m: Detector(m.vision, len(seen)), train, row, model, cfg, device, how, "detecting"):
+        told, real, shapes, cells = boxes_told(head, index, names, model, cfg, device)
+        if not len(real):
+            raise UserError(f"none of the {len(index)} samples of {paths[0]} ... can be evaluated: no box")
+        values = ap(told, real)
+        found += [(f"{groups.get(name, name)}{suffix}", v, len(real)) for name, v in values.items() if v is not None]
+        if not suffix and rank() == 0:
+            draw_to(how, "detect", cells, 8, f"Held-out images, their boxes, and those told with a score of 0.3 or more; AP {100 * values['AP']:.1f} %")
+    constant = ap(mean_boxes(real, shapes), real)
+    return found + [(f"{name}_mean_box", constant[name], len(real)) for name in ("AP", "AP50")]
+
+
+def detections(head, images, cfg, device, least=0.05, most=100):
+    """images (n, 3, S, S) -> for each (K, 6): class, x, y, w, h in pixels of the view, score, best first; FCOS's: the root of class times
+    centre-ness, of the classes with at least 0.05, non-maximum suppression, the best 100."""
+    S, found = images.shape[-1], []
+    for batch in images.split(256):
+        with torch.no_grad(), common.autocast(cfg, device):
+            logits, boxes, centre = (x.cpu() for x in head(batch.to(device)))
+        p, boxes = logits.sigmoid(), boxes.clamp(0, S)
+        for p, q, b in zip(p, centre.sigmoid(), torch.cat([boxes[..., :2], boxes[..., 2:] - boxes[..., :2]], 2)):
+            at, c = (p >= least).nonzero().T
+            value, order = (p[at, c] * q[at]).sqrt().sort(descending=True, stable=True)
+            at, c, value = at[order][:1000], c[order][:1000], value[:1000]
+            keep = nms(b[at].double().numpy(), value.numpy(), c.numpy())[:most]
+            found.append(torch.cat([c[keep, None], b[at[keep]], value[keep, None]], 1))
+    return found
+
+
+def asked(sample):
+    """[(question, [answers], type)]: the json's "qa" as VQA v2 has it ("answers", or one "answer"; "answer_type"), or a sentence and its "label", as
+    NLVR has them."""
+    if "label" in sample.json:
+        return [(sample.captions()[0], [str(sample.json["label"]).lower()], "yes/no")]
+    found, listed = [], lambda x: x if isinstance(x, list) else []
+    for qa in (qa for qa in listed(sample.json.get("qa")) if isinstance(qa, dict)):
+        answers = [a for a in listed(qa.get("answers")) or [qa.get("answer")] if isinstance(a, str)]
+        if answers and isinstance(qa.get("question"), str):
+            kind = "yes/no" if {*answers} <= {"yes", "no"} else "number" if all(a.isdigit() for a in answers) else "other"
+            found.append((qa["question"], answers, qa["answer_type"] if qa.get("answer_type") in ANSWER_TYPES else kind))
+    if not found:
+        raise data.Skip("no question")
+    return found
+
+
+def usual(answers):                                          # the most frequent, of equal ones the first
+    return collections.Counter(answers).most_common(1)[0][0]
+
+
+def question_row(sample, rng, size, depth, how, answers, tokenizer, context):
+    """An image, squashed, neither cropped nor flipped, as questions ask for left and right, and one of its questions."""
+    known = [(q, answers[usual(a)]) for q, a, _ in asked(sample) if usual(a) in answers]
+    if not known:
+        raise data.Skip("no question")
+    question, answer = known[int(rng.integers(len(known)))]
+    tokens, valid = tokenizer.pad(question, context)
+    return {"images": whole(size)(sample.image()), "noise": rng.random(2 * depth, np.float32), "tokens": tokens, "valid": valid,
+            "answer": np.int64(answer)}
+
+
+def vqa(model, tokenizer, paths, cfg, device, store, how):
+    """VQA accuracy, all and by type of answer: the 3,129 most usual training answers ranked by the method's own text path (its `fused`), or where it
+    has none by a small fusion head. _random: all new weights; _majority: always the most usual training answer of the question's type."""
+    index, train, found = data.open_index(paths), chosen(paths, how), []
+    questions = [qa for qas in survey(train, asked) for qa in qas]
+    if not questions:
+        raise UserError(f"no questions in the json of the training shards beside {paths[0]}")
+    told = [a for a, _ in collections.Counter(usual(a) for _, a, _ in questions).most_common(3129)]
+    guess = {kind: usual([usual(a) for _, a, k in questions if k == kind] or told[:1]) for kind in ANSWER_TYPES}
+
+    own = getattr(model, "fused", None) is not None
+    context, width = (cfg.context, cfg.text_dim) if own else (64, 128)
+    tokenizer = tokenizer if own else data.Tokenizer.train([q for q, _, _ in questions], 4096)
+    build = lambda m: Answerer(m if own else Fusion(m.vision, tokenizer.vocab_size, context, width), width, len(told))
+    row = functools.partial(question_row, answers={a: i for i, a in enumerate(told)}, tokenizer=tokenizer, context=context)
+    for suffix, head in trained(build, train, row, model, cfg, device, how, "answering"):
+        judged_ones, cells = [torch.zeros(0, 3, dtype=torch.double)], []
+        for images, questions, ids in looks(index, asked, model, whole(model.vision.grid * model.vision.patch)):
+            flat = [(n, *qa) for n, qas in enumerate(questions) for qa in qas]
+            tokens, valid = (torch.from_numpy(np.stack(x)) for x in zip(*(tokenizer.pad(q, context) for _, q, _, _ in flat)))
+            pred = in_batches(head, cfg, device, images[[n for n, *_ in flat]], tokens, valid).argmax(1).tolist()
+            judged_ones.append(torch.tensor([[vqa_accuracy(told[p], truth), vqa_accuracy(guess[kind], truth), ANSWER_TYPES.index(kind)]
+                                             for p, (_, _, truth, kind) in zip(pred, flat)], dtype=torch.double))
+            for k in range(0, len(flat), max(1, len(flat) // (12 - len(cells)))) if len(cells) < 12 else ():
+                (n, question, truth, _), answer = flat[k], told[pred[k]]
+                cells.append((index[ids[n]].image(), f"{question} {answer}", "green" if vqa_accuracy(answer, truth) >= 0.5 else "red"))
+        right, constant, kinds = collect(torch.cat(judged_ones)).T
+        groups = {"": kinds >= 0, **{f"_{kind}": kinds == k for k, kind in enumerate(ANSWER_TYPES) if (kinds == k).any()}}
+        found += [(f"vqa{group}{mark}", value[rows].mean().item(), int(rows.sum())) for group, rows in groups.items()
+                  for mark, value in ((suffix, right), ("_majority", constant)) if not (suffix and mark == "_majority")]
+        if not suffix and rank() == 0:
+            draw_to(how, "vqa", cells, 6, f"Held-out questions with the answers told; framed green where right; accuracy {100 * right.mean():.1f} %")
+    return found
+
+
+ANSWER_TYPES = ("yes/no", "number", "other")                 # VQA's
+
+
+def recipe(task, args=None):
+    """The Recipe of a task, DEMO's changes where no --data are given, what the command line gives, and the rate of a head alone (ours)."""
+    how = dataclasses.replace(RECIPES[task], **(DEMO[task] if args and not args.data else {}))
+    given = {f.name: v for f in dataclasses.fields(how) if (v := getattr(args, f.name, None)) is not None and v is not False}
+    wrong = [f"--{name} {v}" for name, v in given.items() if not isinstance(v, (bool, str)) and not 0 < v <= {"percent": 100, "scale": 1}.get(name, math.inf)]
+    if wrong:
+        raise UserError(f"{', '.join(wrong)}: must be more than 0, --percent at most 100, --scale at most 1")
+    if given.get("frozen") and "lr" not in given:
+        given["lr"] = 1e-3
+    return dataclasses.replace(how, **given)
+
+
 # The protocols, and the method of a model that one needs beyond its .vision.
-TASKS = {"zeroshot": zeroshot, "retrieval": retrieval, "knn": nearest, "linear": linear, "attentive": attentive, "caption": caption}
+HEADS = {"finetune": finetune, "segment": segment, "detect": detect, "vqa": vqa}
+TASKS = {"zeroshot": zeroshot, "retrieval": retrieval, "knn": nearest, "linear": linear, "attentive": attentive, "caption": caption, **HEADS}
 NEEDS = {"zeroshot": "encode_text", "retrieval": "encode_text", "caption": "generate"}
 
 
@@ -947,13 +1560,28 @@ def able(model, task):
     return task not in NEEDS or getattr(model, NEEDS[task], None) is not None
 
 
-def has_classes(index):
-    """Has the first readable record a label rather than a caption?"""
+def first_sample(index):
+    """The first readable sample, or one without anything."""
     for i in range(len(index)):
         with contextlib.suppress(data.Skip):
             sample = index[i]
-            return "cls" in sample.members and not sample.captioned()
-    return False
+            sample.json
+            return sample
+    return data.Sample("", {})
+
+
+def has_classes(index):
+    """Has the first readable record a label rather than a caption?"""
+    sample = first_sample(index)
+    return "cls" in sample.members and not sample.captioned()
+
+
+def heads_for(paths):
+    """The heads that can be trained on the train part beside these shards, told by the first record."""
+    sample = first_sample(data.open_index(paths))
+    fields = {"finetune": "cls" in sample.members and not sample.captioned(), "segment": "seg.png" in sample.members,
+              "detect": bool({"boxes", "segments"} & sample.json.keys()), "vqa": bool({"qa", "label"} & sample.json.keys())}
+    return [task for task, there in fields.items() if there and bank_of(paths)]
 
 
 def tasks_for(paths):
@@ -1018,12 +1646,37 @@ def write(result, cfg):
 
 # ---- command line ----
 
+class Encoder(torch.nn.Module):
+    """A vision transformer alone, as a file under timm's names holds it."""
+    def __init__(self, cfg):
+        super().__init__()
+        self.vision = common.ViT(cfg.image_size, cfg.patch, cfg.dim, cfg.depth, cfg.heads, cls=cfg.cls, mean=cfg.mean, std=cfg.std)
+
+    def encode_image(self, images):                          # (B, 3, S, S) -> (B, D) unit
+        return common.unit(self.vision.patch_tokens(images).mean(1))
+
+    @classmethod
+    def read(cls, path):                                     # -> (model, cfg)
+        (tensors, meta), sizes = common.read_encoder(path), common.encoder_sizes(path)
+        norms = {name: json.loads(meta.get(name, "[0.5, 0.5, 0.5]")) for name in ("mean", "std")}
+        size = math.isqrt(tensors["pos_embed"].shape[1]) * sizes["patch"]
+        cfg = SimpleNamespace(image_size=size, cls="cls_token" in tensors, precision="auto", seed=0, **sizes, **norms)
+        model = cls(cfg)
+        common.init_encoder(model.vision, path)
+        return model, cfg
+
+
 def load(path, device="cpu"):
-    """Checkpoint -> (model, tokenizer, cfg, hash of the file). Raises UserError for what is not one of our checkpoints."""
+    """Checkpoint, or encoder file -> (model, tokenizer, cfg, hash of the file). Raises UserError for what is neither."""
     try:
-        state = common.read_checkpoint(path)
+        state = None if path.endswith(".safetensors") else common.read_checkpoint(path)
     except (FileNotFoundError, ValueError) as error:
-        raise UserError(f"not a readable checkpoint: {error}") from None
+        state = None
+        if "not one of our checkpoints" not in str(error):
+            raise UserError(f"not a readable checkpoint: {error}") from None
+    if state is None:
+        model, cfg = Encoder.read(path)
+        return model.to(device).eval(), data.Tokenizer(), cfg, digest_of(path)
     if state["method"] not in METHODS:
         raise UserError(f"{path} is a checkpoint of {state['method']}: known are {', '.join(METHODS)}")
     module = importlib.import_module(METHODS[state["method"]])
@@ -1033,9 +1686,12 @@ def load(path, device="cpu"):
         model.load_state_dict(state["model"])
     except (TypeError, RuntimeError) as error:
         raise UserError(f"{path} was written by another version of {METHODS[state['method']]}.py: {str(error).splitlines()[0]}") from None
+    return model.to(device).eval(), data.Tokenizer.loads(state["vocab"]), cfg, digest_of(path)
+
+
+def digest_of(path):
     with open(path, "rb") as f:
-        digest = hashlib.sha256(f.read()).hexdigest()[:12]
-    return model.to(device).eval(), data.Tokenizer.loads(state["vocab"]), cfg, digest
+        return hashlib.sha256(f.read()).hexdigest()[:12]
 
 
 def data_sets(args, *parts, apart=False):
@@ -1063,9 +1719,11 @@ def main_metric(rows):
 
 def measure(args, device):
     """One protocol on each checkpoint: a JSON line for each result, then a table; over several data sets their mean."""
-    sets, how = data_sets(args, "pairs" if args.task in ("retrieval", "caption") else "labels"), {}
+    sets, how = data_sets(args, "pairs" if args.task in ("retrieval", "caption", "segment", "detect", "vqa") else "labels"), {}
     if args.task == "linear":
         how["protocol"] = args.protocol
+    if args.task in HEADS:
+        how["how"] = recipe(args.task, args)
     for checkpoint in args.checkpoint:
         subject, found = opened(checkpoint, device, args.task), []
         for name, paths in sets:
@@ -1091,10 +1749,11 @@ def compare(args, device):
         columns[subject[3]] = label if label not in columns.values() else f"{label} {subject[3][:4]}"
         for name, paths in data_sets(args, "pairs", "labels", apart=True):
             tasks = tasks_for(paths)
-            for task in tasks + ["attentive"] * ("knn" in tasks):
+            for task in tasks + ["attentive"] * ("knn" in tasks) + (heads_for(paths) if args.heads else []):
                 if able(subject[0], task):
                     print0(f"{columns[subject[3]]}: {task} on {name}")
-                    found += records(task, subject, name, paths, device)
+                    how = {"how": dataclasses.replace(recipe(task, args), out=f"{out}/{subject[3]}")} if task in HEADS else {}
+                    found += records(task, subject, name, paths, device, **how)
     if rank():
         return
     cells = collections.defaultdict(dict)
@@ -1163,7 +1822,15 @@ def opened(checkpoint, device, task=None):
 
 
 COMMANDS = {**dict.fromkeys(TASKS, measure), "search": find, "compare": compare, "export": export}
-FLAGS = {                                                    # flags of one command, which no other takes
+FLAGS = {                                                    # flags of some commands, which no other takes
+    "--epochs": ("finetune segment detect vqa", dict(help="how often each image is seen", type=float)),
+    "--batch": ("finetune segment detect vqa", dict(help="images a step", type=int)),
+    "--lr": ("finetune segment detect vqa", dict(help="rate for 256 images", type=float)),
+    "--percent": ("finetune segment detect vqa", dict(help="how much of the training data [100]", type=float)),
+    "--shots": ("finetune", dict(help="training images of a class [all]", type=int)),
+    "--scale": ("finetune segment detect", dict(help="least area of the random crop", type=float)),
+    "--frozen": ("segment detect vqa", dict(help="train the head alone", action="store_true")),
+    "--heads": ("compare", dict(help="train them, too: finetune, segment, detect, vqa, some minutes each", action="store_true")),
     "--protocol": ("linear", dict(help="whose probe, clip or mae [clip]", choices=("clip", "mae"), default="clip")),
     "--text": ("search", dict(help="what the images should show")),
     "--image": ("search", dict(help="a picture file, alone or together with --text")),
@@ -1183,7 +1850,7 @@ def main(argv=None):
         parser.add_argument(flag, **{**how, "help": f"{owner}: {how['help']}"})
     args = parser.parse_args(argv)
     for flag, (owner, how) in FLAGS.items():
-        if owner != args.task and getattr(args, flag[2:]) != how.get("default"):
+        if args.task not in owner.split() and getattr(args, flag[2:]) != parser.get_default(flag[2:]):
             raise UserError(f"{flag} belongs to {owner}, not to {args.task}")
     COMMANDS[args.task](args, common.join())
 

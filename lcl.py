@@ -255,7 +255,7 @@ class LCL(nn.Module):
     def encode_text(self, tokens, valid):                    # (B, L) -> (B, D) unit: the state at a soi in the place of the end token
         last = valid.sum(1, keepdim=True) - 1
         x = self.token_embed(tokens.scatter(1, last, Tokenizer.SOI)) + self.pos_embed[:tokens.shape[1]]
-        return self.contexts(self.trunk(x).gather(1, last[..., None].expand(-1, -1, x.shape[2]))[:, 0])
+        return self.contexts(common.at_end(self.trunk(x), valid))
 
     def prefix(self, images):
         """Embeddings of: begin token, image (B, N+3, D)."""
@@ -278,6 +278,11 @@ class LCL(nn.Module):
     def generate(self, images, length=40):
         """Greedy captions: what follows the image. ids (B, length), PAD after the end token."""
         return self.go_on(self.prefix(images), length)
+
+    def fused(self, images, tokens, valid):                  # (B, 3, S, S), (B, L) -> (B, D): the state at the end of a text after its image
+        x = self.prefix(images)
+        text = self.token_embed(tokens[:, 1:]) + self.pos_embed[x.shape[1]:x.shape[1] + tokens.shape[1] - 1]
+        return common.at_end(self.norm_head(self.trunk(torch.cat([x, text], 1))[:, x.shape[1] - 1:]), valid)
 
     def score(self, images, tokens, valid):
         """Mean log-probability of a caption's tokens after its image (B,)."""

@@ -122,8 +122,11 @@ class CaptionDecoder(nn.Module):
         self.blocks.apply(common.init_weights)
         self.head.apply(common.init_weights)
 
+    def states(self, tokens, latent):                        # (B, L), (B, [1+]K, D) -> (B, L, Dt)
+        return self.norm(run_blocks(self.blocks, self.text(tokens), latent, None, True, recompute=self.recompute))
+
     def forward(self, tokens, latent):                       # (B, L), (B, [1+]K, D) -> logits (B, L, V) of the next tokens
-        return self.head(self.norm(run_blocks(self.blocks, self.text(tokens), latent, None, True, recompute=self.recompute)))
+        return self.head(self.states(tokens, latent))
 
     @torch.no_grad()
     def generate(self, latent, length):
@@ -159,7 +162,7 @@ class MUG(nn.Module):
         self.caption = CaptionDecoder(cfg.vocab_size, cfg.context, cfg.dim, cfg.text_dim, cfg.text_depth, cfg.cross_depth,
                                       cfg.text_heads) if cfg.cap_weight else None
         if not cfg.cap_weight:
-            self.generate = self.score = None                # so that eval.py asks for no captions
+            self.generate = self.score = self.fused = None   # so that eval.py asks for no captions
         for part in [self.vision] + [self.pixels] * bool(self.pixels) + [self.caption, self.caption and self.caption.text] * bool(self.caption):
             part.recompute = cfg.grad_checkpoint
 
@@ -185,6 +188,9 @@ class MUG(nn.Module):
     def generate(self, images, length=None):
         """Greedy captions of whole images: ids (B, length) without the begin token, PAD after the end token."""
         return self.caption.generate(self.vision(images), length or self.context - 1)
+
+    def fused(self, images, tokens, valid):                  # (B, 3, S, S), (B, L) -> (B, Dt): the state at the end of a text about the image
+        return common.at_end(self.caption.states(tokens, self.vision(images)), valid)
 
     def score(self, images, tokens, valid):
         """Mean log-probability of a caption's tokens given the whole image (B,)."""

@@ -308,6 +308,8 @@ class TiMix(ALBEF):
             self.teacher = ALBEF(cfg).requires_grad_(False)
             self.teacher.load_state_dict(self.state_dict(), strict=False)
         self.rerank = cfg.base == "albef"                    # for eval.py: score() judges a pair better than the cosine
+        if not self.rerank:
+            self.fused = self.score = None                   # two towers: nothing reads a text beside its image
 
     @torch.no_grad()
     def clamp(self):                                         # at the top of a step: beyond the bounds there would be no gradient back
@@ -318,6 +320,9 @@ class TiMix(ALBEF):
         fast = dict(self.named_parameters())
         for name, slow in self.teacher.named_parameters():
             slow.lerp_(fast[name], 1 - momentum)
+
+    def fused(self, images, tokens, valid):                  # (B, 3, S, S), (B, L) -> (B, Dt): the [CLS] of a text read beside its image
+        return self.fuse(self.text(tokens, valid), valid, self.vision(images))[:, 0]
 
     def score(self, images, tokens, valid):
         """Log-odds (B,) that image and text match (ITM). images (B, 3, S, S), or what self.vision made of them, where each meets many texts."""
