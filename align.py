@@ -141,7 +141,7 @@ class _Contrast(torch.autograd.Function):
         for i in range(0, B, c):
             z = blocks[0] if blocks else image[i:i + c] @ texts.T / temperature
             g = (z - rows[i:i + c, None]).exp_() + (z - columns).exp_() - 2 * ctx.smoothing / G  # softmax over rows + over columns - 2 targets
-            g[torch.arange(len(g)), own[i:i + c]] -= 2 * (1 - ctx.smoothing)
+            g[torch.arange(len(g), device=g.device), own[i:i + c]] -= 2 * (1 - ctx.smoothing)
             g *= grad / B
             d_image[i:i + c] = g @ texts / temperature
             d_texts += g.T @ image[i:i + c] / temperature

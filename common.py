@@ -327,6 +327,11 @@ def rank0_first(make):
     return made
 
 
+def to_device(x, device):
+    """A CPU tensor on its way to the device. From pinned memory: else the host may wait until the device has done all that it was given before."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+
 def all_gather(x):
     """(B, ...) -> (W * B, ...) in rank order; carries no gradient (gather does)."""
     if world() == 1:
@@ -381,7 +386,7 @@ def averaging(params, bucket=2 ** 22):
 
     def send(group):
         absent = [p.grad is None for p in group]
-        flags = torch.tensor(absent, dtype=group[0].dtype).to(group[0].device, non_blocking=True)
+        flags = to_device(torch.tensor(absent, dtype=group[0].dtype), group[0].device)
         flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in group] + [flags])
         for p, part in zip(group, flat.split([*(p.numel() for p in group), len(group)])):
             p.grad = part.view_as(p)                         # frees what was copied
@@ -755,14 +760,17 @@ class Log:
 
     def step(self, step, loss, terms, lr, grad_norm, temperature=None):
         """loss and terms (dict): 0-dim tensors, this rank's shares, whose mean over ranks is logged. The rest is equal on all ranks."""
-        told = torch.stack([loss.detach(), *(t.detach() for t in terms.values())]).double()
-        told = torch.cat([told, torch.cat([self.skipped, torch.tensor([self.asked > 0])]).to(told, non_blocking=True)])
-        work = dist.all_reduce(told, async_op=True) if world() > 1 else None
-        local = torch.stack([grad_norm.detach(), torch.full_like(grad_norm, math.nan) if temperature is None else temperature.to(grad_norm)])
+        cuda, shared = self.device.type == "cuda", [grad_norm, torch.full_like(grad_norm, math.nan) if temperature is None else temperature]
+        told = torch.stack([t.detach().double() for t in (loss, *terms.values(), *shared)])
+        told = torch.cat([told, to_device(torch.cat([self.skipped, torch.tensor([self.asked > 0])]).double(), self.device)])
+        work = dist.all_reduce(told, async_op=not cuda) if world() > 1 else None
+        told, wait = told.to("cpu", non_blocking=True), work.wait if work else None
+        if cuda:                                             # the copy is asked for now: one step later it would wait for that step, too
+            wait = torch.cuda.current_stream().record_event().synchronize
         now = time.perf_counter()
         row = {"step": step, "samples": (step + 1) * self.cfg.batch, "loss": 0, **dict.fromkeys(terms), "lr": lr, "grad_norm": 0, "temperature": 0,
                "images_per_s": self.cfg.batch / (now - self.clock), "data_wait": self.waited / (now - self.clock), "skipped": 0}
-        before, self.pending, self.clock = self.pending, (row, terms, told, work, local), now
+        before, self.pending, self.clock = self.pending, (row, ["loss", *terms, "grad_norm", "temperature"], told, wait), now
         if before:
             self.read(*before)
 
@@ -773,13 +781,13 @@ class Log:
             self.read(*before)
         self.flush()
 
-    def read(self, row, terms, told, work, local):
-        if work:
-            work.wait()
+    def read(self, row, names, told, wait):
+        if wait:
+            wait()
         told = told.tolist()
-        values = [t / world() for t in told[:1 + len(terms)]] + local.tolist()
-        row.update({k: v if math.isfinite(v) else None for k, v in zip(["loss", *terms, "grad_norm", "temperature"], values)})   # JSON has no NaN
-        counts, self.stop = dict(zip(self.reasons, map(int, told[1 + len(terms):-1]))), told[-1] > 0
+        values = [t / world() for t in told[:len(names)]]
+        row.update({k: v if math.isfinite(v) else None for k, v in zip(names, values)})          # JSON has no NaN
+        counts, self.stop = dict(zip(self.reasons, map(int, told[len(names):-1]))), told[-1] > 0
         row["skipped"] = sum(n for reason, n in counts.items() if self.reasons[reason] != "kept")
         row["mem_gb"] = (torch.cuda.max_memory_allocated() if self.device.type == "cuda"
                          else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)) / 2 ** 30

@@ -168,10 +168,13 @@ class Index:
         stamps = []
         try:
             for p in self.paths:
-                with open(p, "rb") as f:                     # opened, so that what may not be read is told here
-                    stamps.append((p, os.fstat(f.fileno()).st_size, os.fstat(f.fileno()).st_mtime_ns))
+                f = os.open(p, os.O_RDONLY)                  # what may not be read is told here; file objects would take twice the time
+                stamps.append((p, (seen := os.fstat(f)).st_size, seen.st_mtime_ns))
+                os.read(f, 0)                                # refused by a folder
+                os.close(f)
         except OSError as error:
-            raise UserError(f"shard {error.filename} cannot be read ({error.strerror})") from None
+            raise UserError(f"shard {p} cannot be read ({error.strerror})") from None
+        self.bytes = sum(size for _, size, _ in stamps)
         self.file = os.path.join(cache, hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:24])
         if not os.path.exists(self.file + ".npy"):
             self.build(cache)
@@ -201,8 +204,7 @@ class Index:
         return len(self.rows)
 
     def summary(self):
-        size = sum(map(os.path.getsize, self.paths))
-        return f"{len(self.paths)} shards, {len(self):,} samples, {size / 1e9:.2f} GB, first key {self.first_key}"
+        return f"{len(self.paths)} shards, {len(self):,} samples, {self.bytes / 1e9:.2f} GB, first key {self.first_key}"
 
     def oddities(self):
         """A line for each shard that has notes."""
@@ -714,11 +716,10 @@ def first_captions(index, most=100_000):
     """Captions of the first samples, for training a vocabulary. Raises UserError if the first shard has none."""
     found = []
     for i in range(min(len(index), most)):
-        try:
-            texts = index[i].json.get("text_list") or index[i].json.get("texts") or index[i].captions()
+        with contextlib.suppress(Skip):
+            sample = index[i]
+            texts = sample.json.get("text_list") or sample.json.get("texts") or sample.captions()
             found += [t for t in texts if isinstance(t, str)] if isinstance(texts, list) else []
-        except Skip:
-            pass
         if not found and i + 1 == index.starts[index.starts > 0][0]:
             raise UserError(f"no caption in the first shard, {index.paths[0]}: a caption is KEY.txt or \"caption\" in KEY.json")
     return found

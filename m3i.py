@@ -511,7 +511,7 @@ def main(cfg):
         plain = torch.rand((), generator=common.generator(cfg.seed, step, 1)) < cfg.p_plain
         own = masks(noise, model.grid, cfg.unit, 1.0 if plain else cfg.keep)
         k = int(own[0].sum())                                # on the CPU: nothing waits for the device
-        terms, z, gauges = losses(model, batch, own.to(device, non_blocking=True), k, cfg, *encoders)
+        terms, z, gauges = losses(model, batch, common.to_device(own, device), k, cfg, *encoders)
         weights = balanced(model, terms, z, step, term_weights(cfg)) if cfg.balance == "grad" else term_weights(cfg)
         loss = sum(weights[name] * term for name, term in terms.items())
         terms, temperature = {**terms, **gauges}, 1 / model.scale().detach()

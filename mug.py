@@ -265,7 +265,7 @@ def main(cfg):
 
     for step in range(first, cfg.steps):
         batch = log.next(batches)
-        noise = common.row_noise(cfg, step, model.vision.grid ** 2).to(device, non_blocking=True)
+        noise = common.to_device(common.row_noise(cfg, step, model.vision.grid ** 2), device)
         count = common.total(batch["valid"][:, 1:].sum())    # captions differ in length: a mean of the ranks' means would be another loss
         with common.autocast(cfg, device):
             pixels, captions = common.in_chunks(forward, cfg.micro, batch["images"], noise, batch["tokens"], batch["valid"])

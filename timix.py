@@ -347,7 +347,7 @@ def losses(model, batch, noise, generator, cfg, rise, mixing, fast=None, slow=No
     fast, slow, boxes = fast or model, slow or model.teacher, "region_images" in batch
     images, tokens, valid = (batch[name] for name in ("images", "tokens", "valid"))
     (B, L), tau, chunks = tokens.shape, model.temperature, lambda f, *rows: common.in_chunks(f, cfg.micro, *rows)
-    words, rivals, chance = noise.to(tokens.device, non_blocking=True).split([2 * L, 2 * cfg.block, model.vision.grid ** 2], 1)
+    words, rivals, chance = common.to_device(noise, tokens.device).split([2 * L, 2 * cfg.block, model.vision.grid ** 2], 1)
     alpha, terms, gauges = cfg.alpha * rise * (model.teacher is not None), {}, {}
     with common.autocast(cfg, images.device):
         seen, tapped = chunks(lambda x: fast.vision(x, tap=model.tap), images)

@@ -328,6 +328,21 @@ def test_an_empty_shard_adds_nothing_and_shifts_nothing(tmp_path):
     assert [index[i].members["txt"] for i in range(4)] == [b"AA", b"BB", b"CC", b"AA"]
 
 
+def test_a_shard_that_is_gone_or_a_folder_is_told_by_name(tmp_path):
+    good, folder = write_tar(tmp_path / "0.tar", TOY), tmp_path / "1.tar"
+    for why in ("No such file", "Is a directory"):
+        with pytest.raises(UserError, match=f"1.tar cannot be read .{why}"):
+            Index([good, str(folder)])
+        folder.mkdir()
+    assert Index([good]).summary() == f"1 shards, {len(Index([good])):,} samples, {os.path.getsize(good) / 1e9:.2f} GB, first key 0"
+
+
+def test_the_captions_of_a_vocabulary_cost_one_read_of_a_sample(tmp_path, monkeypatch):
+    index, reads, pread = Index([write_tar(tmp_path / "0.tar", TOY)]), [], os.pread
+    monkeypatch.setattr(data.os, "pread", lambda *args: reads.append(args) or pread(*args))
+    assert data.first_captions(index) == ["AA", "BB", "CC"] and len(reads) == len(index)
+
+
 @pytest.mark.parametrize("members", [[], [("README", b"no dot")]])
 def test_no_sample_at_all_is_an_error(tmp_path, members):
     with pytest.raises(UserError, match="no sample"):
