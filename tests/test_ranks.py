@@ -141,8 +141,8 @@ def averaged(name, cfg, how, backend=None):
 def test_averaging_while_backward_runs_gives_to_the_bit_what_averaging_after_it_does(pools, tiny_world, tmp_path, name, world, changes):
     script = importlib.import_module(name)
     small = dict(image_size=16, patch=8, dim=16, depth=2, heads=2, text_dim=16, text_depth=1, text_heads=2, vocab_size=300, batch=16, steps=1,
-                 workers=0, precision="fp32", eval_every=-1, data=[f"{tiny_world}/pairs"], **({"labels": [f"{tiny_world}/labels"]} if name == "m3i" else {}))
-    small.update({"block": 4} if "block" in script.DEMO else {})
+                 workers=0, precision="fp32", eval_every=-1, data=[f"{tiny_world}/pairs"])
+    small.update({"block": 4} if "block" in script.DEMO else {}, **({"labels": [f"{tiny_world}/labels"]} if name == "m3i" else {}))
     cfg = script.Config(**{**script.DEMO, **small, **changes})
     found = [pools(world)(averaged, name, replace(cfg, out=str(tmp_path / how.__name__)), how, "aot_eager") for how in (watched, afterwards)]
     for (early, (started, buckets)), (late, _) in zip(*found):
@@ -152,8 +152,8 @@ def test_averaging_while_backward_runs_gives_to_the_bit_what_averaging_after_it_
 
 
 def unlike_graphs(plain, again=False):
-    """Rank 0 has no use for b, the others none for c, nobody for e; f was frozen since. Rank 0 sends c and d before it comes to the gather's backward, the
-    others after."""
+    """Rank 0 has no use for b, the others none for c, nobody for e; f was frozen since. Rank 0 sends c and d before it comes to the gather's
+    backward, the others after."""
     e, a, b, d, c, f = parameters = [nn.Parameter(torch.full((2,), float(i), dtype=torch.float64)) for i in range(1, 7)]
     rank, started = common.rank(), []
     (f.sum() * 7).backward()
