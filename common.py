@@ -374,7 +374,8 @@ def averaging(params, bucket=2 ** 22):
 
     They travel in buckets of `bucket` numbers (16 MiB of float32), the last parameters first, as backward comes to them in about this order. A
     bucket is sent when its gradients and all before it have arrived, what is left at the end: every rank sends the same in one order, even
-    where graphs differ. The hooks live as long as the block. KeyError where a gradient arrives twice: one backward, no reentrant checkpoint.
+    where graphs differ. A compiled part gives all its gradients at its end, so they hide behind the backward of parts before it only. The hooks
+    live as long as the block. KeyError where a gradient arrives twice: one backward, no reentrant checkpoint.
     """
     groups, sent, size = [], [], 0
     for p in reversed([p for p in params if p.requires_grad] if world() > 1 else []):
@@ -761,7 +762,7 @@ class Log:
     def step(self, step, loss, terms, lr, grad_norm, temperature=None):
         """loss and terms (dict): 0-dim tensors, this rank's shares, whose mean over ranks is logged. The rest is equal on all ranks."""
         cuda, shared = self.device.type == "cuda", [grad_norm, torch.full_like(grad_norm, math.nan) if temperature is None else temperature]
-        told = torch.stack([t.detach().double() for t in (loss, *terms.values(), *shared)])
+        told = torch.stack([t.detach() for t in (loss, *terms.values(), *shared)]).double()
         told = torch.cat([told, to_device(torch.cat([self.skipped, torch.tensor([self.asked > 0])]).double(), self.device)])
         work = dist.all_reduce(told, async_op=not cuda) if world() > 1 else None
         told, wait = told.to("cpu", non_blocking=True), work.wait if work else None

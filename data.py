@@ -235,7 +235,7 @@ class Index:
 
 
 def header(block):
-    """Name and size of a member and whether it is a plain file. Raises TarError, ValueError. What is usual is read without tarfile: thrice as fast."""
+    """Name and size of a member, and is it a plain file? The usual ones are read without tarfile, thrice as fast. Raises TarError or ValueError."""
     octal, usual = lambda field: int(field.split(b"\0")[0].strip() or b"0", 8), block[156:157] == b"0" and len(block) == 512
     if usual and not block[345] and block[124] < 128 and 256 + sum(block[:148] + block[156:]) == octal(block[148:156]):
         return block[:100].split(b"\0")[0].decode("utf-8", "surrogateescape"), octal(block[124:136]), True
