@@ -12,8 +12,8 @@ A shard is a plain tar whose neighbouring members share a key: 0001.jpg 0001.txt
 sample at which step), Sample (what is in it), Batches (how they meet).
 Departure from stream readers: random access by an index, so that order and resume do not depend on ranks or workers.
 """
-import argparse, atexit, base64, collections, contextlib, csv, dataclasses, functools, glob, hashlib, heapq, io, itertools, json, multiprocessing
-import os, re, signal, statistics, sys, tarfile, tempfile, time, warnings, zipfile
+import argparse, atexit, base64, collections, contextlib, csv, dataclasses, functools, glob, hashlib, heapq, io, itertools, json, mmap
+import multiprocessing, os, re, signal, statistics, sys, tarfile, tempfile, time, warnings, zipfile
 from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
 
@@ -225,6 +225,7 @@ class Index:
                 if len(self.fds) >= 128:                     # stay far from the limit of open files
                     while self.fds:
                         os.close(self.fds.popitem()[1])
+                    self.rows._mmap.madvise(mmap.MADV_DONTNEED)  # nor need the rows read so far stay in memory: 1.5 GiB of them in 10^8 samples
                 self.fds[shard] = os.open(self.paths[shard], os.O_RDONLY)
             raw = os.pread(self.fds[shard], span, offset)
         except OSError:

@@ -395,6 +395,10 @@ def test_a_single_rank_averages_to_what_it_has():
     a.grad = torch.tensor([1.0, -2.0, 3.0])
     common.average_gradients([a, b])
     assert a.grad.tolist() == [1, -2, 3] and b.grad is None
+    with common.averaging([a, b]):
+        assert not a._post_accumulate_grad_hooks             # nobody to average with: nothing is hooked
+        (2 * b).sum().backward()
+    assert a.grad.tolist() == [1, -2, 3] and b.grad.tolist() == [2, 2]
 
 
 @pytest.mark.parametrize("precision,want", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
