@@ -21,7 +21,7 @@ from torch import nn
 
 import data
 import eval as evaluation
-from common import TextTransformer, ViT, average_gradients, lr_at, rank, unit, world
+from common import TextTransformer, ViT, averaging, lr_at, rank, unit, world
 
 
 @dataclass
@@ -141,7 +141,7 @@ class _Contrast(torch.autograd.Function):
         for i in range(0, B, c):
             z = blocks[0] if blocks else image[i:i + c] @ texts.T / temperature
             g = (z - rows[i:i + c, None]).exp_() + (z - columns).exp_() - 2 * ctx.smoothing / G  # softmax over rows + over columns - 2 targets
-            g[torch.arange(len(g)), own[i:i + c]] -= 2 * (1 - ctx.smoothing)
+            g[torch.arange(len(g), device=g.device), own[i:i + c]] -= 2 * (1 - ctx.smoothing)
             g *= grad / B
             d_image[i:i + c] = g @ texts / temperature
             d_texts += g.T @ image[i:i + c] / temperature
@@ -245,8 +245,8 @@ def main(cfg):
         for group in opt.param_groups:
             group["lr"] = lr_at(step, cfg, peak)
         opt.zero_grad(set_to_none=True)
-        loss.backward()
-        average_gradients(model.parameters())
+        with averaging(model.parameters()):                  # gradients become means over ranks while backward runs
+            loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)      # after averaging, or ranks drift apart; 0 = off
         opt.step()
         log.step(step, loss, terms, lr_at(step, cfg, peak), grad_norm, temperature)

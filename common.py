@@ -2,7 +2,7 @@
 command line, checkpoints, log. Nothing here knows a loss.
 
 Dimension key: B rows of this rank, W ranks, N patches, L text tokens, D width, H heads.
-Read ViT and Block (the models), then gather and average_gradients (what makes W ranks one run), then Log (what a step tells the others).
+Read ViT and Block (the models), then gather and averaging (what makes W ranks one run), then Log (what a step tells the others).
 """
 import argparse, collections, contextlib, dataclasses, difflib, inspect, json, math, os, re, resource, signal, sys, time, zipfile
 from datetime import timedelta
@@ -272,12 +272,12 @@ def print0(*args):
         sys.stdout.flush()
 
 
-_store, _turns = None, 0
+_store, _turns, _own = None, 0, None                         # _own: group in which gradients travel while backward runs
 
 
 def join(timeout=600):
     """Enter the process group that torchrun announces (once per process). Returns this rank's device."""
-    global _store
+    global _store, _own
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
@@ -288,6 +288,9 @@ def join(timeout=600):
             _store = dist.PrefixStore(f"attempt{os.environ['TORCHELASTIC_RESTART_COUNT']}", _store)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"   # evaluation gathers on the CPU
         dist.init_process_group(backend, store=dist.PrefixStore("group", _store), rank=r, world_size=w, timeout=timedelta(seconds=timeout))
+        # Backward has collectives of its own: in one group with the gradients, ranks that come to these in another order would mix them up. nccl
+        # wants one order over groups as well, which holds as the graphs of the five scripts depend on flags and step, not on a rank's rows.
+        _own = dist.new_group(timeout=timedelta(seconds=timeout))
     return device
 
 
@@ -328,6 +331,11 @@ def rank0_first(make):
     return made
 
 
+def to_device(x, device):
+    """A CPU tensor on its way to the device. From pinned memory: else the host may wait until the device has done all that it was given before."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+
 def all_gather(x):
     """(B, ...) -> (W * B, ...) in rank order; carries no gradient (gather does)."""
     if world() == 1:
@@ -364,24 +372,57 @@ def gather(x):
     return _Gather.apply(x) if world() > 1 else x
 
 
-def average_gradients(params, bucket=2 ** 24):
-    """Replace every gradient by its mean over ranks. None on all ranks stays None; None on some counts as zero."""
-    params = [p for p in params if p.requires_grad]
-    if world() == 1 or not params:
-        return
-    while params:
-        take, size = 0, 0
-        while take < len(params) and (take == 0 or size + params[take].numel() <= bucket):       # 64 MiB of float32 a collective
-            size += params[take].numel()
-            take += 1
-        group, params = params[:take], params[take:]
+@contextlib.contextmanager
+def averaging(params, bucket=2 ** 22):
+    """Around backward(): every gradient becomes its mean over ranks, as average_gradients makes it, most of it while backward still runs.
+
+    They travel in buckets of `bucket` numbers (16 MiB of float32), the last parameters first, as backward comes to them in about this order. A
+    bucket is sent when its gradients and all before it have arrived, what is left at the end: every rank sends the same in one order, even
+    where graphs differ. A compiled part gives all its gradients at its end, so they hide behind the backward of parts before it only. The hooks
+    live as long as the block. KeyError where a gradient arrives twice: one backward, no reentrant checkpoint.
+    """
+    groups, sent, size = [], [], 0
+    for p in reversed([p for p in params if p.requires_grad] if world() > 1 else []):
+        size += p.numel()
+        if not groups or size > bucket:
+            groups.append([])
+            size = p.numel()
+        groups[-1].append(p)
+
+    def send(group):
         absent = [p.grad is None for p in group]
-        flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in group]
-                         + [torch.tensor(absent, dtype=group[0].dtype, device=group[0].device)])
-        dist.all_reduce(flat)
-        nobody = (flat[size:] == world()).tolist() if any(absent) else absent                    # a host sync only where something is missing
-        for p, part, none in zip(group, (flat[:size] / world()).split([p.numel() for p in group]), nobody):
-            p.grad = None if none else part.view_as(p)
+        flags = to_device(torch.tensor(absent, dtype=group[0].dtype), group[0].device)
+        flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in group] + [flags])
+        for p, part in zip(group, flat.split([*(p.numel() for p in group), len(group)])):
+            p.grad = part.view_as(p)                         # frees what was copied
+        sent.append((flat, absent, dist.all_reduce(flat, group=_own, async_op=True)))
+
+    def arrived(p, k):
+        awaited[k].remove(p)
+        while len(sent) < len(groups) and not awaited[len(sent)]:
+            send(groups[len(sent)])
+
+    awaited = [set(group) for group in groups]
+    hooks = [p.register_post_accumulate_grad_hook(lambda p, k=k: arrived(p, k)) for k, group in enumerate(groups) for p in group]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for group in groups[len(sent):]:
+        send(group)
+    for group, (flat, absent, work) in zip(groups, sent):
+        work.wait()
+        nobody = (flat[-len(group):] == world()).tolist() if any(absent) else absent             # a host sync only where something is missing
+        flat /= world()
+        for p, none in zip(group, nobody):
+            p.grad = None if none else p.grad
+
+
+def average_gradients(params, bucket=2 ** 22):
+    """Replace every gradient by its mean over ranks. None on all ranks stays None; None on some counts as zero."""
+    with averaging(params, bucket):                          # nothing arrives in here: all is sent at the end
+        pass
 
 
 # ---- randomness: never depends on rank, world size or worker ----
@@ -724,14 +765,17 @@ class Log:
 
     def step(self, step, loss, terms, lr, grad_norm, temperature=None):
         """loss and terms (dict): 0-dim tensors, this rank's shares, whose mean over ranks is logged. The rest is equal on all ranks."""
-        told = torch.stack([loss.detach(), *(t.detach() for t in terms.values())]).double()
-        told = torch.cat([told, torch.cat([self.skipped, torch.tensor([self.asked > 0])]).to(told, non_blocking=True)])
-        work = dist.all_reduce(told, async_op=True) if world() > 1 else None
-        local = torch.stack([grad_norm.detach(), torch.full_like(grad_norm, math.nan) if temperature is None else temperature.to(grad_norm)])
+        cuda, shared = self.device.type == "cuda", [grad_norm, torch.full_like(grad_norm, math.nan) if temperature is None else temperature]
+        told = torch.stack([t.detach() for t in (loss, *terms.values(), *shared)]).double()
+        told = torch.cat([told, to_device(torch.cat([self.skipped, torch.tensor([self.asked > 0])]).double(), self.device)])
+        work = dist.all_reduce(told, async_op=not cuda) if world() > 1 else None
+        told, wait = told.to("cpu", non_blocking=True), work.wait if work else None
+        if cuda:                                             # the copy is asked for now: one step later it would wait for that step, too
+            wait = torch.cuda.current_stream().record_event().synchronize
         now = time.perf_counter()
         row = {"step": step, "samples": (step + 1) * self.cfg.batch, "loss": 0, **dict.fromkeys(terms), "lr": lr, "grad_norm": 0, "temperature": 0,
                "images_per_s": self.cfg.batch / (now - self.clock), "data_wait": self.waited / (now - self.clock), "skipped": 0}
-        before, self.pending, self.clock = self.pending, (row, terms, told, work, local), now
+        before, self.pending, self.clock = self.pending, (row, ["loss", *terms, "grad_norm", "temperature"], told, wait), now
         if before:
             self.read(*before)
 
@@ -742,13 +786,13 @@ class Log:
             self.read(*before)
         self.flush()
 
-    def read(self, row, terms, told, work, local):
-        if work:
-            work.wait()
+    def read(self, row, names, told, wait):
+        if wait:
+            wait()
         told = told.tolist()
-        values = [t / world() for t in told[:1 + len(terms)]] + local.tolist()
-        row.update({k: v if math.isfinite(v) else None for k, v in zip(["loss", *terms, "grad_norm", "temperature"], values)})   # JSON has no NaN
-        counts, self.stop = dict(zip(self.reasons, map(int, told[1 + len(terms):-1]))), told[-1] > 0
+        values = [t / world() for t in told[:len(names)]]
+        row.update({k: v if math.isfinite(v) else None for k, v in zip(names, values)})          # JSON has no NaN
+        counts, self.stop = dict(zip(self.reasons, map(int, told[len(names):-1]))), told[-1] > 0
         row["skipped"] = sum(n for reason, n in counts.items() if self.reasons[reason] != "kept")
         row["mem_gb"] = (torch.cuda.max_memory_allocated() if self.device.type == "cuda"
                          else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)) / 2 ** 30

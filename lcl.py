@@ -28,7 +28,7 @@ from torch import nn
 
 import data
 import eval as evaluation
-from common import Block, UserError, ViT, average_gradients, lr_at, rank, run_blocks, split_heads, unit, world
+from common import Block, UserError, ViT, averaging, lr_at, rank, run_blocks, split_heads, unit, world
 from data import Tokenizer
 
 
@@ -427,8 +427,8 @@ def main(cfg):
         for group in opt.param_groups:
             group["lr"] = lr_at(step, cfg, peak)
         opt.zero_grad(set_to_none=True)
-        loss.backward()
-        average_gradients(model.parameters())
+        with averaging(model.parameters()):                  # gradients become means over ranks while backward runs
+            loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)      # after averaging, or ranks drift apart; 0 = off
         opt.step()
         log.step(step, loss, terms, lr_at(step, cfg, peak), grad_norm, temperature)

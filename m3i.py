@@ -38,7 +38,7 @@ from torch.utils._pytree import tree_leaves
 
 import data
 import eval as evaluation
-from common import Block, TextTransformer, UserError, ViT, average_gradients, lr_at, print0, rank, run_blocks, unit, world
+from common import Block, TextTransformer, UserError, ViT, averaging, lr_at, print0, rank, run_blocks, unit, world
 
 TERMS = ("intra", "inter", "text", "class")
 
@@ -511,7 +511,7 @@ def main(cfg):
         plain = torch.rand((), generator=common.generator(cfg.seed, step, 1)) < cfg.p_plain
         own = masks(noise, model.grid, cfg.unit, 1.0 if plain else cfg.keep)
         k = int(own[0].sum())                                # on the CPU: nothing waits for the device
-        terms, z, gauges = losses(model, batch, own.to(device, non_blocking=True), k, cfg, *encoders)
+        terms, z, gauges = losses(model, batch, common.to_device(own, device), k, cfg, *encoders)
         weights = balanced(model, terms, z, step, term_weights(cfg)) if cfg.balance == "grad" else term_weights(cfg)
         loss = sum(weights[name] * term for name, term in terms.items())
         terms, temperature = {**terms, **gauges}, 1 / model.scale().detach()
@@ -520,8 +520,8 @@ def main(cfg):
         for group in opt.param_groups:
             group["lr"] = lr_at(step, cfg, peak)
         opt.zero_grad(set_to_none=True)
-        loss.backward()
-        average_gradients(model.parameters())
+        with averaging(model.parameters()):                  # gradients become means over ranks while backward runs
+            loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)      # after averaging, or ranks drift apart; 0 = off
         opt.step()
         log.step(step, loss, terms, lr_at(step, cfg, peak), grad_norm, temperature)

@@ -24,7 +24,7 @@ from torch import nn
 
 import data
 import eval as evaluation
-from common import Block, CrossBlock, TextTransformer, UserError, ViT, average_gradients, lr_at, normalised, rank, run_blocks, sincos, unit, world
+from common import Block, CrossBlock, TextTransformer, UserError, ViT, averaging, lr_at, normalised, rank, run_blocks, sincos, unit, world
 from data import Tokenizer
 
 
@@ -271,7 +271,7 @@ def main(cfg):
 
     for step in range(first, cfg.steps):
         batch = log.next(batches)
-        noise = common.row_noise(cfg, step, model.vision.grid ** 2).to(device, non_blocking=True)
+        noise = common.to_device(common.row_noise(cfg, step, model.vision.grid ** 2), device)
         count = common.total(batch["valid"][:, 1:].sum())    # captions differ in length: a mean of the ranks' means would be another loss
         with common.autocast(cfg, device):
             pixels, captions = common.in_chunks(forward, cfg.micro, batch["images"], noise, batch["tokens"], batch["valid"])
@@ -284,8 +284,8 @@ def main(cfg):
         for group in opt.param_groups:
             group["lr"] = lr_at(step, cfg, peak)
         opt.zero_grad(set_to_none=True)
-        loss.backward()
-        average_gradients(model.parameters())
+        with averaging(model.parameters()):                  # gradients become means over ranks while backward runs
+            loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)      # after averaging, or ranks drift apart; 0 = off
         opt.step()
         log.step(step, loss, terms, lr_at(step, cfg, peak), grad_norm, temperature)

@@ -37,7 +37,7 @@ from torch import nn
 
 import data
 import eval as evaluation
-from common import CrossBlock, TextTransformer, UserError, ViT, average_gradients, lr_at, partner, print0, rank, run_blocks, unit, world
+from common import CrossBlock, TextTransformer, UserError, ViT, averaging, lr_at, partner, print0, rank, run_blocks, unit, world
 from data import Tokenizer
 
 
@@ -352,7 +352,7 @@ def losses(model, batch, noise, generator, cfg, rise, mixing, fast=None, slow=No
     fast, slow, boxes = fast or model, slow or model.teacher, "region_images" in batch
     images, tokens, valid = (batch[name] for name in ("images", "tokens", "valid"))
     (B, L), tau, chunks = tokens.shape, model.temperature, lambda f, *rows: common.in_chunks(f, cfg.micro, *rows)
-    words, rivals, chance = noise.to(tokens.device, non_blocking=True).split([2 * L, 2 * cfg.block, model.vision.grid ** 2], 1)
+    words, rivals, chance = common.to_device(noise, tokens.device).split([2 * L, 2 * cfg.block, model.vision.grid ** 2], 1)
     alpha, terms, gauges = cfg.alpha * rise * (model.teacher is not None), {}, {}
     with common.autocast(cfg, images.device):
         seen, tapped = chunks(lambda x: fast.vision(x, tap=model.tap), images)
@@ -621,8 +621,8 @@ def main(cfg):
         for group in opt.param_groups:
             group["lr"] = lr_at(step, cfg, peak)
         opt.zero_grad(set_to_none=True)
-        loss.backward()
-        average_gradients(model.parameters())
+        with averaging(model.parameters()):                  # gradients become means over ranks while backward runs
+            loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)      # after averaging, or ranks drift apart; 0 = off
         opt.step()
         log.step(step, loss, terms, lr_at(step, cfg, peak), grad_norm, temperature)

@@ -395,6 +395,10 @@ def test_a_single_rank_averages_to_what_it_has():
     a.grad = torch.tensor([1.0, -2.0, 3.0])
     common.average_gradients([a, b])
     assert a.grad.tolist() == [1, -2, 3] and b.grad is None
+    with common.averaging([a, b]):
+        assert not a._post_accumulate_grad_hooks             # nobody to average with: nothing is hooked
+        (2 * b).sum().backward()
+    assert a.grad.tolist() == [1, -2, 3] and b.grad.tolist() == [2, 2]
 
 
 @pytest.mark.parametrize("precision,want", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
@@ -1085,6 +1089,7 @@ def test_the_first_lines_of_a_run_tell_what_it_is(whole, tmp_path, capsys):
 def test_a_restart_by_torchrun_sees_nothing_of_the_attempt_before_in_its_store(monkeypatch):
     made, store = [], common.dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setattr(common.dist, "init_process_group", lambda *args, **how: made.append(how["store"]))
+    monkeypatch.setattr(common.dist, "new_group", lambda **how: None)
     monkeypatch.setattr(common, "_store", None)
     for attempt in "01":
         for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(store.port)),

@@ -321,11 +321,51 @@ def test_a_header_with_a_negative_size_is_damage_and_not_an_endless_loop(tmp_pat
     assert notes == {"cut shard": 1} and len(rows) <= 3
 
 
+def test_a_header_says_what_tarfile_says_of_it_damaged_or_not():
+    def theirs(block):
+        info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        return info.name, info.size, info.type in (tarfile.REGTYPE, tarfile.AREGTYPE)
+
+    def outcome(read, block):
+        try:
+            return read(block)
+        except (tarfile.TarError, ValueError):               # int() has its own word for what is no octal number
+            return "damaged"
+    rng, seen = np.random.default_rng(0), set()
+    for turn in range(4000):
+        info = tarfile.TarInfo(["a.jpg", "d/é.txt", "n" * 90 + "/" + "m" * 90 + ".json", "x/", ""][turn % 5])
+        info.size, info.type = int(rng.integers(2 ** rng.integers(1, 42 if turn % 2 else 33))), [tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE, b"L", b"x"][turn % 7 % 5]
+        block = bytearray(info.tobuf([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT][turn % 2], "utf-8", "surrogateescape")[-512:])
+        for at in rng.choice([*range(100), *range(124, 136), *range(148, 157), *range(345, 512)], turn % 3):     # what is not used may be anything
+            block[at] = rng.choice([0, 32, 45, 48, 55, 56, 95, 128, 255, rng.integers(256)])
+        if turn % 4:                                         # with a checksum that fits the damage
+            block[148:156] = b"%06o\0 " % (256 + sum(block[:148]) + sum(block[156:]))
+        block = bytes(block)[:rng.integers(513) if turn % 50 == 0 else 512]
+        assert outcome(data.header, block) == outcome(theirs, block), block
+        seen.add(str(outcome(theirs, block))[-6:])
+    assert {"maged", "True)", "alse)"} <= {s[-5:] for s in seen}
+
+
 def test_an_empty_shard_adds_nothing_and_shifts_nothing(tmp_path):
     paths = [write_tar(tmp_path / f"{k}.tar", members) for k, members in enumerate(([], TOY, [], TOY[:3]))]
     index = Index(paths)
     assert index.starts.tolist() == [0, 0, 3, 3, 4] and index.notes == {} and index.first_key == "0"
     assert [index[i].members["txt"] for i in range(4)] == [b"AA", b"BB", b"CC", b"AA"]
+
+
+def test_a_shard_that_is_gone_or_a_folder_is_told_by_name(tmp_path):
+    good, folder = write_tar(tmp_path / "0.tar", TOY), tmp_path / "1.tar"
+    for why in ("No such file", "Is a directory"):
+        with pytest.raises(UserError, match=f"1.tar cannot be read .{why}"):
+            Index([good, str(folder)])
+        folder.mkdir(exist_ok=True)
+    assert Index([good]).summary() == f"1 shards, {len(Index([good])):,} samples, {os.path.getsize(good) / 1e9:.2f} GB, first key 0"
+
+
+def test_the_captions_of_a_vocabulary_cost_one_read_of_a_sample(tmp_path, monkeypatch):
+    index, reads, pread = Index([write_tar(tmp_path / "0.tar", [(f"{k}.txt", b"%d" % k) for k in range(3)])]), [], os.pread
+    monkeypatch.setattr(data.os, "pread", lambda *args: reads.append(args) or pread(*args))
+    assert data.first_captions(index) == ["0", "1", "2"] and len(reads) == 3
 
 
 @pytest.mark.parametrize("members", [[], [("README", b"no dot")]])

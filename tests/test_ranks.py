@@ -1,9 +1,10 @@
 """W gloo processes are one run: same losses, same gradients, same results, one decision to stop."""
-import json, os, signal
+import contextlib, importlib, json, os, signal
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -93,6 +94,119 @@ def some_gradients():
 def test_a_missing_gradient_counts_as_zero_unless_nobody_has_one(pools):
     for a, b, c, d in pools(2)(some_gradients):
         assert torch.equal(a, torch.full((3,), 1.5)) and torch.equal(b, torch.full((3,), 2.0)) and c is None and d is None
+
+
+@contextlib.contextmanager
+def watched(params, started):
+    """common.averaging in buckets of 2,048 numbers; tells `started` how many were on their way at the end of backward, and how many there are."""
+    calls, all_reduce = [], dist.all_reduce
+    dist.all_reduce = lambda *args, **how: (calls.append(how.get("group")), all_reduce(*args, **how))[1]
+    try:
+        with common.averaging(params, 2 ** 11):
+            yield
+            started.append(calls.count(common._own))
+        started.append(calls.count(common._own))
+    finally:
+        dist.all_reduce = all_reduce
+
+
+@contextlib.contextmanager
+def afterwards(params, _):
+    yield
+    common.average_gradients(params, 2 ** 11)
+
+
+def averaged(name, cfg, how, backend=None):
+    """Gradients of a script's first step, and what `how` told."""
+    script, started, caught, compile = importlib.import_module(name), [], [], torch.compile
+
+    @contextlib.contextmanager
+    def averaging(params):
+        params = list(params)
+        with how(params, started):
+            yield
+        caught.extend(None if p.grad is None else p.grad.clone() for p in params)
+    torch.compile = lambda f: compile(f, backend=backend)
+    script.averaging = averaging
+    try:
+        script.main(cfg)
+    finally:
+        script.averaging, torch.compile = common.averaging, compile
+    return caught, started
+
+
+@pytest.mark.parametrize("name,world,changes", [
+    *((name, 2, {}) for name in ("align", "mug", "lcl", "timix", "m3i")), ("mug", 4, {}), ("m3i", 4, {}), ("align", 2, dict(micro=2)),
+    ("lcl", 2, dict(micro=2)), ("timix", 2, dict(grad_checkpoint=True)), ("align", 2, dict(compile=True))])
+def test_averaging_while_backward_runs_gives_to_the_bit_what_averaging_after_it_does(pools, tiny_world, tmp_path, name, world, changes):
+    script = importlib.import_module(name)
+    small = dict(image_size=16, patch=8, dim=16, depth=2, heads=2, text_dim=16, text_depth=1, text_heads=2, vocab_size=300, batch=16, steps=1,
+                 workers=0, precision="fp32", eval_every=-1, data=[f"{tiny_world}/pairs"])
+    small.update({"block": 4} if "block" in script.DEMO else {}, **({"labels": [f"{tiny_world}/labels"]} if name == "m3i" else {}))
+    cfg = script.Config(**{**script.DEMO, **small, **changes})
+    found = [pools(world)(averaged, name, replace(cfg, out=str(tmp_path / how.__name__)), how, "aot_eager") for how in (watched, afterwards)]
+    for (early, (started, buckets)), (late, _) in zip(*found):
+        assert started == buckets > 4                        # none waited for the end of backward
+        assert any(g is not None for g in late) and [g is None for g in early] == [g is None for g in late]
+        assert all(torch.equal(a, b) for a, b in zip(early, late) if a is not None)
+
+
+def unlike_graphs(plain, again=False):
+    """Rank 0 has no use for b, the others none for c, nobody for e; f was frozen since. Rank 0 sends c and d before it comes to the gather's
+    backward, the others after."""
+    e, a, b, d, c, f = parameters = [nn.Parameter(torch.full((2,), float(i), dtype=torch.float64)) for i in range(1, 7)]
+    rank, started = common.rank(), []
+    (f.sum() * 7).backward()
+    f.requires_grad_(False)
+    if again:                                                # gradients of a pass before count as well
+        (a.sum() * (rank + 1)).backward()
+    x = common.gather((a * (rank + 1) if rank == 0 else a * b)[:, None]).sum()
+    x = x * d.sum() * (c.prod() if rank == 0 else 1)
+    with contextlib.nullcontext() if plain else common.averaging(parameters, 2):
+        x.backward()
+    if plain:
+        common.average_gradients(parameters, 2)
+    return [p.grad for p in parameters]
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_with_unlike_graphs_and_collectives_in_backward_average_alike(pools, world, again):
+    want, found = (pools(world)(unlike_graphs, plain, again) for plain in (True, False))
+    for grads, theirs in zip(found, want):
+        assert [g is None for g in grads] == [True] + [False] * 5 and grads[5].tolist() == [7, 7]     # what is frozen is left alone
+        assert all(torch.equal(a, b) and torch.equal(b, c) for a, b, c in zip(grads[1:], theirs[1:], want[0][1:]))
+
+
+def second_after_a_failure():
+    """A backward that raises in its middle on all ranks, then one that does not, in another model too."""
+    class Fails(torch.autograd.Function):
+        forward = staticmethod(lambda ctx, x: x.clone())
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise ValueError("in the middle")
+    models = [nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)) for _ in range(2)]
+    with pytest.raises(ValueError, match="middle"), common.averaging(models[0].parameters(), 4):
+        models[0][1](Fails.apply(models[0][0](torch.ones(2, 3)))).sum().backward()
+    found = []
+    for model in models:
+        model.zero_grad()
+        with common.averaging(model.parameters(), 4):
+            model(torch.full((2, 3), 1.0 + common.rank())).sum().backward()
+        found += [p.grad for p in model.parameters()]
+        assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    return found
+
+
+def test_a_backward_that_raised_leaves_nothing_behind(pools):
+    for (a, b) in zip(*pools(2)(seeded, second_after_a_failure)):
+        assert torch.equal(a, b) and a.abs().sum() > 0
+
+
+def seeded(fn):
+    torch.manual_seed(0)
+    return fn()
 
 
 def gather_gradient(weights):
