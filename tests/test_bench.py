@@ -10,27 +10,33 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import align
-import bench
 import common
 import data
 import m3i
+
+bench = importlib.import_module("bench")                     # a script beside the tests, no package
 
 # Every width another number, so that none can stand for another.
 SMALL = {"align": dict(text_dim=32, context=12), "mug": dict(pixel_dim=40, text_dim=32, context=12), "lcl": dict(text_dim=40, context=96),
          "timix": dict(text_dim=32, embed=20, context=12), "m3i": dict(text_dim=32, context=12)}
 for name in SMALL:
-    SMALL[name].update(batch=16, image_size=32, dim=48, vocab_size=300)
+    SMALL[name].update(batch=16, image_size=32, dim=48, depth=2, vocab_size=300)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small_world(tiny_world, tmp_path_factory):
-    """The session's world and a few documents, as bench.world() has them."""
+    """The session's world and a few documents, as bench.world() has them; a vocabulary without merges; one thread, which small tensors like best."""
     folder = data.make_world(root=str(tmp_path_factory.mktemp("bench")), scenes=256, documents=40, parts=("docs",))
     for part in ("pairs", "labels"):
         os.symlink(f"{tiny_world}/{part}", f"{folder}/{part}")
-    before, bench.world = bench.world, lambda: folder
+    data.Tokenizer().save(f"{folder}/vocab.json")
+    before, bench.world, threads = bench.world, lambda: folder, torch.get_num_threads()
+    for fields in SMALL.values():
+        fields["vocab"] = f"{folder}/vocab.json"
+    torch.set_num_threads(1)
     yield folder
     bench.world = before
+    torch.set_num_threads(threads)
 
 
 class Counter(FlopCounterMode):
@@ -46,17 +52,19 @@ class Anywhere:
     __exit__ = lambda self, *error: None
 
 
-def first_step(name, **fields):
-    """A real step's flops as torch counts them, with attention made of matrix products; its products as bench notes them; config and batch."""
+def first_step(name, noting=False, **fields):
+    """A real step's flops as torch counts them, with attention made of matrix products; noting: also the products of the next one, as bench notes
+    them; config and batch."""
     cfg, found = bench.demo(name, **{**SMALL[name], **fields}), SimpleNamespace()
 
     def protocol(batch, losses):
         with sdpa_kernel(SDPBackend.MATH), Counter() as counter:
             yield
         found.flops, found.batch = counter.get_total_flops(), batch
-        with bench.Products() as products:
-            yield
-        found.products = products.seen
+        if noting:
+            with bench.Products() as products:
+                yield
+            found.products = products.seen
     bench.drive(name, cfg, protocol)
     found.cfg = replace(cfg, classes=64) if name == "m3i" else cfg
     return found
@@ -64,7 +72,7 @@ def first_step(name, **fields):
 
 @pytest.mark.parametrize("name, fields", [
     ("align", {}), ("align", dict(cls=False, micro=0, chunk=0)), ("mug", {}), ("mug", dict(mask_ratio=0.5, cap_weight=0.0)), ("lcl", {}),
-    ("lcl", dict(objective="gen+reg", pack=False)), ("timix", {}), ("timix", dict(base="clip", mix="random", tap=1, entries=3)),
+    ("lcl", dict(objective="gen+reg", pack=False)), ("timix", {}), ("timix", dict(base="clip", mix="random", tap=2, entries=3)),
     ("timix", dict(mix="none")), ("m3i", {}), ("m3i", dict(unit=2, keep=0.3, only="intra", target="pixels")), ("m3i", dict(only="text", keep=1.0))])
 def test_counted_flops_are_those_of_the_real_step(name, fields):
     found = first_step(name, **fields)
@@ -72,7 +80,7 @@ def test_counted_flops_are_those_of_the_real_step(name, fields):
 
 
 def test_the_products_that_are_timed_are_all_of_the_step_s():
-    found = first_step("mug")
+    found = first_step("mug", noting=True)
     flops = lambda a, b: 2 * torch.Size(a).numel() * b[-1]
     assert sum(times * flops(*(shape for shape, _, _ in operands[-2:])) for (_, operands), times in found.products.items()) == found.flops
     assert isinstance(bench.alone(found.products), float)
@@ -150,7 +158,7 @@ def test_rate_leaves_out_the_start(monkeypatch):
 
 
 def test_every_subject_of_a_tiny_size_yields_rows():
-    rows = [*bench.steps(("align",), 1, True, **SMALL["align"]), *bench.contrast(((64, 8),), 4, 1, two=False), *bench.loader((16,), 128, 1)]
+    rows = [*bench.steps(("align",), 1, True, **SMALL["align"]), *bench.contrast(((64, 8),), 4, 1, False), *bench.loader((16,), 128, 1)]
     rows += bench.memory((16,), **{k: v for k, v in SMALL["align"].items() if k != "batch"})
     assert all(isinstance(what, str) and value > 0 and isinstance(goal, str) for what, value, goal in rows)
     kept = {what.split(", ")[2].split(":")[0]: value for what, value, _ in rows if what.startswith("align step, batch")}
@@ -166,8 +174,9 @@ def test_a_billion_parameters_are_counted_by_the_dry_run(monkeypatch):
 @pytest.mark.parametrize("name", ["align", "lcl", "m3i"])
 def test_gpu_rows_can_be_had_anywhere(name):
     fields = {**SMALL[name], "heads": 4, "depth": 1, "text_depth": 1, "text_heads": 2, "patch": 8, "precision": "fp32"}
+    batch = fields.pop("batch")
     fields.update({"projector_depth": 1, "decoder_depth": 1, "unit": 1, "block": 8} if name == "m3i" else {})
-    rows = {what.split(": ", 1)[1]: value for what, value, _ in bench.gpu(((name, "ti", 16, ">= 0"),), 16, 1, 1, **fields)}
+    rows = {what.split(": ", 1)[1]: value for what, value, _ in bench.gpu(((name, "ti", batch, ">= 0"),), 16, 1, 1, **fields)}
     assert rows["loss of the first step, bf16 / fp32 - 1"] == pytest.approx(0, abs=1e-5)       # fp32 both; --micro changes nothing
     assert sum("share of" in what for what in rows) == 8 and all(value > 0 for what, value in rows.items() if "GiB" not in what and "loss" not in what)
 
