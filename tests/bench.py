@@ -10,7 +10,7 @@
 
 Read the counted flops (align_flops and so on), drive (how a script's own steps are measured), then the subjects.
 """
-import argparse, collections, contextlib, functools, importlib, io, math, multiprocessing, os, statistics, sys, tempfile, time
+import argparse, collections, contextlib, functools, gc, importlib, io, math, multiprocessing, os, statistics, sys, tempfile, time
 from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
@@ -238,14 +238,17 @@ def alone(products):
 
 def top(prof, most):
     """[(operation, share of all time spent in operations)] of a profile, the largest first."""
-    key = "self_device_time_total" if DEVICE.type == "cuda" else "self_cpu_time_total"
-    spent = {e.key: getattr(e, key) for e in prof.key_averages()}
-    return [(op, t / sum(spent.values())) for op, t in sorted(spent.items(), key=lambda e: -e[1])[:most]]
+    cuda, events = DEVICE.type == "cuda", prof.key_averages()
+    if cuda:                                                 # the kernels alone: the operations that started them claim their time too
+        events = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA and not getattr(e, "is_user_annotation", False)]
+    spent = {e.key: e.self_device_time_total if cuda else e.self_cpu_time_total for e in events}
+    return [(op[:60], t / sum(spent.values())) for op, t in sorted(spent.items(), key=lambda e: -e[1])[:most]]
 
 
 def steps(names=tuple(METHODS), repeats=5, profiled=False, **fields):
-    """A demo's step, whole, and the sum of its matrix products alone: how close is the step to its limit?"""
-    for name in names:
+    """A demo's step, whole, and the sum of its matrix products alone: how close is the step to its limit? Attention counts as the products it is
+    made of, whose scores go to memory, as those of the fused kernel do not: so a step may come nearer to this limit than to the true one."""
+    for name in names if DEVICE.type == "cpu" else [n for n in names if n != "lcl"]:              # no mode can look into FlexAttention
         taken, limit, where = [], [], []
 
         def protocol(batch, losses):
@@ -261,7 +264,7 @@ def steps(names=tuple(METHODS), repeats=5, profiled=False, **fields):
                 with profile() as prof:
                     yield
                 where.extend(top(prof, 8))
-        drive(name, demo(name, **fields), protocol)
+        drive(name, demo(name, compile=False, **fields), protocol)
         t = statistics.median(taken)
         yield f"{name} step of {1000 * t:.0f} ms: its matrix products alone / all of it", statistics.median(limit) / t, ">= 0.6"
         for op, share in where:
@@ -398,17 +401,20 @@ def as_rank(r, ranks, tables, columns=None):
         yield
 
 
-def peak(route):
-    """Bytes that live at most while it runs, without those before it. On the CPU counted by storages (m3i.Peak), on CUDA told by the allocator."""
-    if DEVICE.type != "cuda":
-        with m3i.Peak() as found:
-            route()
-        return found.most
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    route()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+class Memory:
+    """The bytes that live at most inside, without those before: on the CPU counted by storages (m3i.Peak), on CUDA told by the allocator."""
+    def __enter__(self):
+        self.mode, self.before = m3i.Peak() if DEVICE.type != "cuda" else contextlib.nullcontext(), 0
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+        self.mode.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.mode.__exit__(*error)
+        self.most = torch.cuda.max_memory_allocated() - self.before if DEVICE.type == "cuda" else self.mode.most
 
 
 def pairs_of(B, D, ranks, r=0):
@@ -440,7 +446,11 @@ def contrast(sizes=((4096, 512), (16384, 512), (8192, 1024)), chunk=128, repeats
         tables, temperature = pairs_of(B, D, 8)
         routes = routes_of(tables, temperature, chunk)
         with as_rank(0, 8, tables):
-            most = {name: peak(route) for name, route in routes.items()}
+            most = {}
+            for name, route in routes.items():
+                with Memory() as memory:
+                    route()
+                most[name] = memory.most
             with Products() as products:
                 routes["ours"]()
             t = seconds({**routes, "products": lambda: alone(products.seen)}, repeats)
@@ -546,7 +556,7 @@ def loader(sizes=(96, 224), images=1536, repeats=3):
 
 # ---- memory, time to quality ----
 
-def memory(batches=(64, 256), **fields):
+def step_memory(batches=(64, 256), **fields):
     """What a step of ALIGN's demo keeps at most, beside the plain one; and a billion parameters."""
     for batch in batches:
         most = {}
@@ -554,15 +564,9 @@ def memory(batches=(64, 256), **fields):
                           ("both", {"grad_checkpoint": True, "micro": batch // 8})):
             def protocol(*_):
                 yield                                        # the optimizer makes its state
-                if DEVICE.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
-                    before = torch.cuda.memory_allocated()
+                with Memory() as found:
                     yield
-                    most[name] = torch.cuda.max_memory_allocated() - before
-                else:
-                    with m3i.Peak() as found:
-                        yield
-                    most[name] = found.most
+                most[name] = found.most
             drive("align", demo("align", batch=batch, **how, **fields), protocol)
             yield f"align step, batch {batch}, {name}: memory ({most[name] / 2 ** 20:.0f} MiB) / plain", most[name] / most["plain"], "-"
     if not fields:
@@ -574,26 +578,30 @@ def billion(batch=64, micro=32):
     cfg = m3i.Config(**dict(zip(("dim", "depth", "heads"), common.SIZES["g"])), patch=14, batch=batch, micro=micro, grad_checkpoint=True,
                      precision="bf16", data=["-"], classes=1000)
     total = m3i.memory(cfg, torch.device("cpu"))["total"]
-    return f"m3i ViT-g/14, {batch} rows a GPU, --micro {micro} --grad-checkpoint: memory ({total / 2 ** 30:.0f} GiB) / 80 GiB", total / 2 ** 30 / 80, "<= 1"
+    what = f"m3i ViT-g/14, {batch} rows a GPU, --micro {micro} --grad-checkpoint: memory ({total / 2 ** 30:.0f} GiB) / 80 GiB"
+    return what, total / 2 ** 30 / 80, "<= 1"
 
 
 def quality(share=0.8):
     """ALIGN's demo as it is, evaluated every 20 steps; the clock stands still meanwhile."""
-    judge, spent, began = evaluation.evaluate, [], time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        def evaluate(*args):
-            start = time.perf_counter()
-            result = judge(*args)
-            spent.append(time.perf_counter() - start)
-            if result["zeroshot_seen"] >= share:
-                raise Done
-            return result
-        cfg = align.Config(**{**align.DEMO, "out": f"{folder}/run", "eval_every": 20})
-        with mock.patch.object(evaluation, "evaluate", evaluate), quiet():
-            with contextlib.suppress(Done):
-                align.main(cfg)
-    yield (f"align demo, seconds until {share:.0%} zero-shot on seen pairs (world made before, {len(spent)} evaluations not counted)",
-           time.perf_counter() - began - sum(spent), "half of before")
+    judge, spent, reached = evaluation.evaluate, [], []
+    folder = os.path.dirname(world())                        # index and vocabulary are made anew, as the demo does; its world is there before
+
+    def evaluate(*args):
+        start = time.perf_counter()
+        result = judge(*args)
+        spent.append(time.perf_counter() - start)
+        if result["zeroshot_seen"] >= share:
+            reached.append(start - began - sum(spent[:-1]))
+            raise Done
+        return result
+    with quiet():
+        full = data.make_world(root=folder)
+        began = time.perf_counter()
+        with mock.patch.object(evaluation, "evaluate", evaluate), contextlib.suppress(Done):
+            align.main(align.Config(**{**align.DEMO, "data": [f"{full}/pairs"], "val": [f"{full}/pairs", f"{full}/labels"],
+                                       "out": f"{folder}/quality", "eval_every": 20, "fresh": True}))
+    yield f"align demo, seconds until {share:.0%} zero-shot on seen pairs ({len(spent)} evaluations not counted)", *(reached or [math.inf]), "half"
 
 
 def long_runs():
@@ -689,6 +697,8 @@ def beside_open_clip(batch=256, width=128, depth=4, size=48, patch=8, context=16
     t = seconds(routes, repeats)
     yield (f"align step, width {width}, {depth} layers, {size} px, batch {batch}: {batch / t['ours']:.0f} pairs/s / "
            f"open_clip's {batch / t['theirs']:.0f}"), t["theirs"] / t["ours"], ">= 1.4"
+    if DEVICE.type == "cuda" and width < 768:
+        yield from beside_open_clip(256, 768, 12, 224, 16, 77, 49_408)
 
 
 def _step(model, loss, opt, cfg):
@@ -724,16 +734,25 @@ def paper(name, size, batch, **fields):
 
 
 def gpu(sizes=PAPER, n=8192, repeats=5, run=10, **fields):
-    """Steps at paper sizes, bf16 and compiled: counted flops a second over the ceiling, measured in the same call; what they cost; where time goes."""
+    """Steps at paper sizes, bf16 and compiled: counted flops a second over the ceiling measured in the same call, their costs, where time goes."""
     for name, size, batch, goal in sizes:
-        while True:
+        left = batch
+        while left:
             try:
-                yield from gpu_rows(name, paper(name, size, batch, **{"precision": "bf16", **fields}), size, goal, n, repeats, run)
+                yield from gpu_rows(name, paper(name, size, left, **{"precision": "bf16", **fields}), size, goal, n, repeats, run)
                 break
             except torch.OutOfMemoryError:
-                print(f"{name} {size}: a batch of {batch} does not fit; half of it", file=sys.stderr)
-                batch //= 2
-            torch.cuda.empty_cache()
+                print(f"{name} {size}: a batch of {left} does not fit; half of it", file=sys.stderr)
+            left //= 2
+            afresh()
+
+
+def afresh():
+    """No model of before in memory, nor what was compiled for it, or shapes would be taken for variable."""
+    gc.collect()
+    if DEVICE.type == "cuda":
+        torch.compiler.reset()
+        torch.cuda.empty_cache()
 
 
 def gpu_rows(name, cfg, size, goal, n, repeats, run):
@@ -747,15 +766,15 @@ def gpu_rows(name, cfg, size, goal, n, repeats, run):
         found.flops = FLOPS[name](counted, batch, True) if name == "lcl" else FLOPS[name](counted, batch)
         for _ in range(2):                                   # what is still to be compiled or tuned
             yield
-        if DEVICE.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        with Memory() as memory:
+            yield
+        found.memory = memory.most + memory.before
         for _ in range(repeats):                             # several steps at a time: the host runs ahead of the device, as in training
             start = now()
             for _ in range(run):
                 yield
             found.taken.append((now() - start) / run)
             found.limit.append(ceiling(n))
-        found.memory = torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else 0
         with profile() as prof:
             yield
             now()
@@ -771,26 +790,29 @@ def gpu_rows(name, cfg, size, goal, n, repeats, run):
             yield
         found.alone = alone(products.seen)
     drive(name, cfg, protocol)
+    afresh()
     step, limit = statistics.median(found.taken), statistics.median(found.limit)
     what = f"{name} ViT-{size.upper()}/{cfg.patch} {cfg.image_size} px, batch {cfg.batch}"
     yield (f"{what}: {found.flops / 1e12:.3g} Tflop in {1000 * step:.0f} ms / bf16 products of {n} x {n} ({limit / 1e12:.3g} Tflop/s)",
            found.flops / step / limit, goal)
-    yield f"{what}: images/s" if name != "lcl" else f"{what}: documents/s", cfg.batch / step, "-"
+    yield f"{what}: {'documents' if name == 'lcl' else 'images'} a second", cfg.batch / step, "-"
     yield f"{what}: peak memory, GiB", found.memory / 2 ** 30, "-"
     yield f"{what}: first step, compiling included, seconds", found.first, "-"
     yield f"{what}: from main() to the end of the first step, seconds", found.start, "-"
     for op, share in found.top:
         yield f"{what}: share of {op}", share, "-"
-    rows = max(1, cfg.batch // 8)
-    plain = replace(cfg, compile=False, micro=rows if name != "lcl" else 0, grad_checkpoint=name == "lcl")       # float32 needs the room
+    plain = replace(cfg, micro=max(1, cfg.batch // 8), compile=None if name == "lcl" else False)     # float32 needs the room
     drive(name, replace(plain, precision="fp32"), first_loss)
+    afresh()
     yield f"{what}: loss of the first step, bf16 / fp32 - 1", found.loss / found.exact - 1, "-"
-    drive(name, plain, own_products)
-    yield f"{what}: its own products alone (with --micro {plain.micro}: forward twice) / step", found.alone / step, "-"
+    if name != "lcl" or DEVICE.type == "cpu":                # no mode can look into FlexAttention
+        drive(name, plain, own_products)
+        afresh()
+        yield f"{what}: its own products alone, the forward's twice (--micro {plain.micro}) / step", found.alone / step, "-"
 
 
 SUBJECTS = {"mug": mug_encoder, "lcl": lcl_packing, "m3i": m3i_mixture, "timix": timix_mixed_pass, "step": steps, "contrast": contrast,
-            "loader": loader, "memory": memory, "large": lambda: contrast(((32768, 512), (65536, 512)), repeats=1), "quality": quality,
+            "loader": loader, "memory": step_memory, "large": lambda: contrast(((32768, 512), (65536, 512)), repeats=1), "quality": quality,
             "long": long_runs}
 LONG = ("large", "quality", "long")                          # minutes each: only when named
 
