@@ -534,7 +534,7 @@ def real_pairs():
     return data.Index(data.expand(PAIRS if real else f"{folder}/pairs")), "real" if real else "built-in"
 
 
-def loader(sizes=(96, 224), images=1536, repeats=3):
+def loader(sizes=(96, 224), images=1024, repeats=3):
     """With one worker beside Pillow in one process, with as many workers as cores beside as many processes."""
     index, kind = real_pairs()
     images, cores = min(images, len(index)), os.cpu_count()
@@ -812,14 +812,9 @@ def gpu_rows(name, cfg, size, goal, n, repeats, run):
 
 
 SUBJECTS = {"mug": mug_encoder, "lcl": lcl_packing, "m3i": m3i_mixture, "timix": timix_mixed_pass, "step": steps, "contrast": contrast,
-            "loader": loader, "memory": step_memory, "large": lambda: contrast(((32768, 512), (65536, 512)), repeats=1), "quality": quality,
-            "long": long_runs}
+            "loader": loader, "memory": step_memory, "quality": quality, "long": long_runs,
+            "large": lambda: contrast(((32768, 512), (65536, 512)), repeats=1, two=False)}
 LONG = ("large", "quality", "long")                          # minutes each: only when named
-
-
-def print_rows(rows):
-    for what, value, goal in rows:
-        print(f"| {what} | {value:.3f} | {goal} |", flush=True)
 
 
 def main():
@@ -834,8 +829,10 @@ def main():
     if args.gpu and DEVICE.type != "cuda":
         print("no GPU here: --gpu needs one that torch can use", file=sys.stderr)
         sys.exit(2)
+    for package in ("open_clip", "webdataset") * args.peers:
+        peer(package)
     tables = {name: SUBJECTS[name] for name in args.subjects or [s for s in SUBJECTS if s not in LONG]}
-    if args.profile:
+    if args.profile and "step" in tables:
         tables["step"] = functools.partial(steps, profiled=True)
     if args.peers or args.gpu:
         tables = {**({"gpu": gpu} if args.gpu else {}), **({"open_clip": beside_open_clip, "webdataset": beside_webdataset} if args.peers else {}),
@@ -845,7 +842,8 @@ def main():
     print(f"{name}, torch {torch.__version__}, {precision}")
     for subject, rows in tables.items():
         print(f"\n{subject}\n\n| subject | measured | goal |\n|---|---|---|")
-        print_rows(rows())
+        for what, value, goal in rows():
+            print(f"| {what} | {value:.3f} | {goal} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -241,7 +241,7 @@ def test_without_peers_peers_ends_with_one_line(monkeypatch, capsys):
         raise ImportError(f"No module named {name}")
     monkeypatch.setattr(importlib, "import_module", missing)
     code, said = run(monkeypatch, capsys, "--peers")
-    assert code == 2 and "open_clip" in said.err and said.err.count("\n") == 1
+    assert code == 2 and "open_clip" in said.err and said.err.count("\n") == 1 and not said.out
 
 
 def test_an_unknown_subject_is_an_error(monkeypatch, capsys):
