@@ -115,7 +115,7 @@ class _Contrast(torch.autograd.Function):
         rows, right, mean, blocks = [], [], [], []
         columns = torch.full((G,), -math.inf, dtype=image.dtype, device=image.device)
         for x, target in zip(image.split(chunk or B), own.split(chunk or B)):
-            z = x @ texts.T / temperature                                                        # (chunk, G)
+            z = x / temperature @ texts.T                                                        # (chunk, G)
             rows.append(z.logsumexp(1))
             right.append(z.gather(1, target[:, None])[:, 0])
             mean.append(z.mean(1))
@@ -139,13 +139,15 @@ class _Contrast(torch.autograd.Function):
         B, G, c = len(image), len(texts), ctx.chunk or len(image)
         d_image, d_texts, d_scale = torch.empty_like(image), torch.zeros_like(texts), torch.zeros_like(temperature)
         for i in range(0, B, c):
-            z = blocks[0] if blocks else image[i:i + c] @ texts.T / temperature
-            g = (z - rows[i:i + c, None]).exp_() + (z - columns).exp_() - 2 * ctx.smoothing / G  # softmax over rows + over columns - 2 targets
+            z = blocks[0] if blocks else image[i:i + c] / temperature @ texts.T
+            g = (z - rows[i:i + c, None]).exp_()                                                 # softmax over rows + over columns - 2 targets
+            g.add_((z - columns).exp_()).sub_(2 * ctx.smoothing / G)
             g[torch.arange(len(g), device=g.device), own[i:i + c]] -= 2 * (1 - ctx.smoothing)
-            g *= grad / B
-            d_image[i:i + c] = g @ texts / temperature
-            d_texts += g.T @ image[i:i + c] / temperature
-            d_scale -= (g * z).sum() / temperature
+            g.mul_(grad / (B * temperature))
+            d_image[i:i + c] = g @ texts
+            torch.addmm(d_texts, g.T, image[i:i + c], out=d_texts)
+            d_scale -= g.flatten() @ z.flatten()
+            del z, g                                         # or the next z would be made beside them
         return d_image, common.reduce_scatter(d_texts), d_scale, None, None
 
 

@@ -732,14 +732,14 @@ def class_or_none(sample):
     return -1
 
 
-def embed(kind, model, index, cfg, device, store=None):
+def embed(kind, model, index, cfg, device, store=None, block=2048):
     """Shards of any size -> features of one of KINDS (I, ...), class (I,), -1 = none, and sample number (I,) of every readable image. The
     others are counted aloud."""
     def make():
         fn, dtype = KINDS[kind](model), torch.float16 if kind == "tokens" else torch.float32     # tokens are many: half precision
         size = model.vision.grid * model.vision.patch
         features, classes, numbers = [in_batches(fn, cfg, device, torch.zeros(0, 3, size, size, dtype=torch.uint8)).to(dtype)], [], []
-        for images, labels, ids in looks(index, class_or_none, model):
+        for images, labels, ids in looks(index, class_or_none, model, block=block):
             features.append(in_batches(fn, cfg, device, images).to(dtype))
             classes, numbers = classes + labels, numbers + ids
         return collect(torch.cat(features)), *(collect(torch.tensor(x, dtype=torch.long)) for x in (classes, numbers))
@@ -986,9 +986,9 @@ RECIPES = {                                                  # the rates of head
     "vqa": Recipe(epochs=8, batch=256, lr=1e-4, layer_decay=1.0, wd=0.02, drop_path=0.0)}        # ALBEF's length and decay; rate ours
 DEMO = {                                                     # the built-in world and small models on two CPU cores
     "finetune": dict(epochs=12, batch=64, lr=3e-3, scale=0.5, layer_decay=0.9, mixup=0, cutmix=0, drop_path=0),
-    "segment": dict(epochs=0.5, batch=64, lr=3e-3, layer_decay=0.9, drop_path=0),
-    "detect": dict(epochs=0.5, batch=64, lr=3e-3, layer_decay=0.9, drop_path=0),
-    "vqa": dict(epochs=0.6, batch=64, lr=2e-3)}
+    "segment": dict(epochs=0.9, batch=64, lr=8e-3, scale=0.8, layer_decay=1.0, drop_path=0),
+    "detect": dict(epochs=0.7, batch=64, lr=3e-3, scale=0.8, layer_decay=0.9, drop_path=0),
+    "vqa": dict(epochs=0.9, batch=64, lr=2e-3)}
 
 
 def layers(head, how):
@@ -1389,8 +1389,8 @@ def named_boxes(sample, shape):
 
 
 def boxes_told(head, index, names, model, cfg, device):
-    """A detector on held-out images -> its boxes (K, 7): image, class, x, y, w, h, score; the true ones (M, 8): image, class, x, y, w, h, crowd, area;
-    the images' sizes (I, 3): image, width, height; cells for a picture. names: {class name: number}."""
+    """A detector on held-out images -> its boxes (K, 7): image, class, x, y, w, h, score; the true ones (M, 8): image, class, x, y, w, h, crowd,
+    area; the images' sizes (I, 3): image, width, height; cells for a picture. names: {class name: number}."""
     def wanted(sample):
         shape, boxes = sample.image().size, []
         with contextlib.suppress(data.Skip):                 # an image may have no box
@@ -1447,7 +1447,7 @@ def detect(model, tokenizer, paths, cfg, device, store, how):
         values = ap(told, real)
         found += [(f"{groups.get(name, name)}{suffix}", v, len(real)) for name, v in values.items() if v is not None]
         if not suffix and rank() == 0:
-            draw_to(how, "detect", cells, 8, f"Held-out images, their boxes, and those told with a score of 0.3 or more; AP {100 * values['AP']:.1f} %")
+            draw_to(how, "detect", cells, 8, f"Held-out images: true boxes, and those told with a score of 0.3 up; AP {100 * values['AP']:.1f} %")
     constant = ap(mean_boxes(real, shapes), real)
     return found + [(f"{name}_mean_box", constant[name], len(real)) for name in ("AP", "AP50")]
 
@@ -1542,7 +1542,8 @@ def recipe(task, args=None):
     """The Recipe of a task, DEMO's changes where no --data are given, what the command line gives, and the rate of a head alone (ours)."""
     how = dataclasses.replace(RECIPES[task], **(DEMO[task] if args and not args.data else {}))
     given = {f.name: v for f in dataclasses.fields(how) if (v := getattr(args, f.name, None)) is not None and v is not False}
-    wrong = [f"--{name} {v}" for name, v in given.items() if not isinstance(v, (bool, str)) and not 0 < v <= {"percent": 100, "scale": 1}.get(name, math.inf)]
+    most = {"percent": 100, "scale": 1}
+    wrong = [f"--{name} {v}" for name, v in given.items() if isinstance(v, (int, float)) and not 0 < v <= most.get(name, math.inf)]
     if wrong:
         raise UserError(f"{', '.join(wrong)}: must be more than 0, --percent at most 100, --scale at most 1")
     if given.get("frozen") and "lr" not in given:
@@ -1668,15 +1669,16 @@ class Encoder(torch.nn.Module):
 
 def load(path, device="cpu"):
     """Checkpoint, or encoder file -> (model, tokenizer, cfg, hash of the file). Raises UserError for what is neither."""
-    try:
-        state = None if path.endswith(".safetensors") else common.read_checkpoint(path)
-    except (FileNotFoundError, ValueError) as error:
-        state = None
-        if "not one of our checkpoints" not in str(error):
-            raise UserError(f"not a readable checkpoint: {error}") from None
-    if state is None:
+    if path.endswith(".safetensors"):
         model, cfg = Encoder.read(path)
         return model.to(device).eval(), data.Tokenizer(), cfg, digest_of(path)
+    try:
+        state = common.read_checkpoint(path)
+    except (FileNotFoundError, ValueError) as error:
+        with contextlib.suppress(UserError):                 # an encoder as a torch file?
+            model, cfg = Encoder.read(path)
+            return model.to(device).eval(), data.Tokenizer(), cfg, digest_of(path)
+        raise UserError(f"not a readable checkpoint: {error}") from None
     if state["method"] not in METHODS:
         raise UserError(f"{path} is a checkpoint of {state['method']}: known are {', '.join(METHODS)}")
     module = importlib.import_module(METHODS[state["method"]])

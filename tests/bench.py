@@ -27,6 +27,8 @@ from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import align
+import bench_gradients
+import bench_plan
 import data
 import eval as evaluation
 import lcl
@@ -812,7 +814,8 @@ def gpu_rows(name, cfg, size, goal, n, repeats, run):
 
 
 SUBJECTS = {"mug": mug_encoder, "lcl": lcl_packing, "m3i": m3i_mixture, "timix": timix_mixed_pass, "step": steps, "contrast": contrast,
-            "loader": loader, "memory": step_memory, "quality": quality, "long": long_runs,
+            "loader": loader, "memory": step_memory, "plan": bench_plan.plan, "start": bench_plan.first_step,
+            "gradients": bench_gradients.averaging_behind_backward, "quality": quality, "long": long_runs,
             "large": lambda: contrast(((32768, 512), (65536, 512)), repeats=1, two=False)}
 LONG = ("large", "quality", "long")                          # minutes each: only when named
 

@@ -1,4 +1,4 @@
-"""How much of the averaging of gradients is hidden behind backward: two gloo processes, a thread each (to be merged into tests/bench.py)."""
+"""Subject of tests/bench.py: how much of the averaging of gradients is hidden behind backward; two gloo processes, a thread each."""
 import functools, os, socket, statistics, sys, time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -73,9 +73,3 @@ def averaging_behind_backward(repeats=7):
         yield f"{name}: backward, then averaging / backward alone", after / alone, "-"
         yield f"{name}: backward with averaging / backward alone", overlapped / alone, "<= 1.1"
         yield f"{name}: share of the averaging that is hidden", (alone + average - overlapped) / average, "-" if numbers < 2 ** 22 else ">= 0.8"
-
-
-if __name__ == "__main__":
-    print(f"torch {torch.__version__}, {os.cpu_count()} cores\n\n| subject | measured | goal |\n|---|---|---|")
-    for row in averaging_behind_backward():
-        print(f"| {row[0]} | {row[1]:.3f} | {row[2]} |", flush=True)

@@ -1,11 +1,10 @@
-"""The plan of 10^8 samples, and the time to a first step (to be merged into tests/bench.py)."""
+"""Subjects of tests/bench.py: the plan of 10^8 samples, and the time to a first step."""
 import contextlib, json, os, statistics, subprocess, sys, tempfile, time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import common
 import numpy as np
-import torch
 
 import data
 
@@ -84,7 +83,7 @@ def first_step(repeats=3):
     """From `python align.py` to the end of its first step, on an existing world and index: all of it, and the parts of it that take longest."""
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     code = f"""if True:
-        import sys, time
+        import json, sys, time
         sys.path.insert(0, {root!r})
         began, seen = float(sys.argv[1]), []
         mark = lambda name: seen.append((name, time.time() - began))
@@ -103,7 +102,7 @@ def first_step(repeats=3):
         marked(common.Log, "next", "loader and first batch")
         def stop(*args):
             mark("forward, backward, update")
-            print("seen", seen)
+            print("seen", json.dumps(seen))
             sys.exit()
         common.Log.step = stop
         align.main(align.Config(**{{**align.DEMO, "data": [sys.argv[2]], "out": sys.argv[3], "fresh": True, "eval_every": -1}}))
@@ -115,7 +114,7 @@ def first_step(repeats=3):
         data.Index(data.expand([shards]))
         for turn in range(repeats):
             out = subprocess.run([sys.executable, "-c", code, str(time.time()), shards, f"{folder}/run{turn}"], capture_output=True, text=True)
-            seen, before = eval(out.stdout[out.stdout.index("seen ") + 5:]), 0
+            seen, before = json.loads(out.stdout[out.stdout.index("seen ") + 5:]), 0
             for name, at in seen:
                 taken.setdefault(name, []).append(at - before)
                 before = at
@@ -123,9 +122,3 @@ def first_step(repeats=3):
     yield "ALIGN's demo, command to the end of its first step, seconds", statistics.median(taken.pop("all")), "<= 6"
     for name, times in taken.items():
         yield f"- {name}", statistics.median(times), "-"
-
-
-if __name__ == "__main__":
-    print(f"torch {torch.__version__}, {os.cpu_count()} cores\n\n| subject | measured | goal |\n|---|---|---|")
-    for row in (row for subject in (first_step, plan) if subject.__name__ in (sys.argv[1:] or ["first_step", "plan"]) for row in subject()):
-        print(f"| {row[0]} | {row[1]:.3f} | {row[2]} |", flush=True)

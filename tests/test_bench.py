@@ -9,11 +9,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import align
+import bench
 import common
 import data
 import m3i
-
-bench = importlib.import_module("bench")                     # a script beside the tests, no package
 
 # Every width another number, so that none can stand for another.
 SMALL = {"align": dict(text_dim=32, context=12), "mug": dict(pixel_dim=40, text_dim=32, context=12), "lcl": dict(text_dim=40, context=96),

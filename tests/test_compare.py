@@ -81,7 +81,7 @@ def test_maes_protocol_has_a_name_of_its_own_and_belongs_to_linear(two, tiny_wor
         E.main(["knn", two[1], "--data", f"{tiny_world}/labels", "--protocol", "mae"])
 
 
-@pytest.mark.parametrize("argv, told", [(["zeroshot", "B"], "is a MUG: it can do knn, linear, attentive, caption$"), (["export", "A", "B", "--out", "x.pt"], "one checkpoint"),
+@pytest.mark.parametrize("argv, told", [(["zeroshot", "B"], "is a MUG: it can do knn, linear, attentive, caption, finetune, segment, detect, vqa$"), (["export", "A", "B", "--out", "x.pt"], "one checkpoint"),
                                         (["export", "A"], "FILE.safetensors"), (["export", "A", "--out", "x.onnx"], "x.onnx")])
 def test_what_a_command_cannot_do_is_told(two, argv, told):
     with pytest.raises(UserError, match=told):
