@@ -768,7 +768,7 @@ def lines(log):
 
 def test_a_line_has_the_designs_keys_in_order_and_the_values_it_was_given(logs):
     log = logs()
-    log.waited, log.skipped = 0.0, torch.tensor([1, 0, 0, 2, 0, 0, 0, 0, 0, 4, 0, 0, 8])  # hard, hard, soft, kept
+    log.waited, log.skipped = 0.0, torch.tensor([1, 0, 0, 2, 0, 0, 0, 0, 0, 4, 0, 0, 0, 0, 8])  # hard, hard, soft, kept
     posted(log, 3, 1.5, torch.tensor(0.25), pixels=0.5, words=1.0)
     log.settle()
     (row,) = lines(log)
