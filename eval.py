@@ -1348,7 +1348,8 @@ def segment(model, tokenizer, paths, cfg, device, store, how):
                 counts += confusion(pred, mask, classes)
                 if len(cells) < 36 and i % max(1, len(index) // 12) == 0:
                     image = index[i].image()
-                    cells += [(overlay(image, []), "", None), (overlay(image, mask), "truth", None), (overlay(image, pred * (mask > 0)), "told", None)]
+                    shown_as = ([], ""), (mask, "truth"), (pred * (mask > 0), "told")
+                    cells += [(overlay(image, what), note, None) for what, note in shown_as]
         counts = common.total(counts)
         value, present = iou_of(counts)
         if value is None:

@@ -412,7 +412,7 @@ def test_the_command_line_refuses_what_a_model_cannot_do_and_says_what_it_can(ti
     with pytest.raises(common.UserError, match="last.pt is a ALIGN: it can do zeroshot, retrieval, knn, linear, attentive, finetune, segment, detect, vqa$"):
         E.main(["caption", f"{tiny.out}/last.pt", "--data", f"{tiny_world}/pairs"])
     monkeypatch.setattr(E, "load", lambda *_: (Captioner(None), BYTES, CFG, ""))
-    with pytest.raises(common.UserError, match="x.pt is a Captioner: it can do knn, linear, attentive, caption$"):
+    with pytest.raises(common.UserError, match="x.pt is a Captioner: it can do knn, linear, attentive, caption, finetune, segment, detect, vqa$"):
         E.main(["zeroshot", "x.pt", "--data", f"{tiny_world}/labels"])
 
 
