@@ -4,11 +4,14 @@
     python eval.py zeroshot runs/align/last.pt --data ../shared/data/labels
     python eval.py knn runs/align/last.pt                      # without --data: the built-in world's held-out split
     python eval.py linear runs/align/last.pt --protocol mae --data cifar/ pets/         # each folder is a data set; at the end their mean
-    python eval.py compare runs/*/last.pt --out runs/report
+    python eval.py finetune runs/mug/last.pt --data imagenet/ --percent 10              # trains: encoder and classifier; also segment, detect, vqa
+    python eval.py segment vit.safetensors --data ade20k/ --frozen                      # an encoder file will do; the head alone
+    python eval.py compare runs/*/last.pt --heads --out runs/report
     python eval.py export runs/align/last.pt --out vit.safetensors
     python eval.py search runs/align/last.pt --text 'a red circle' --image photo.jpg
 
-Read the metrics first (each says whose definition it is), then the protocols, which ask a model for encode_image, encode_text and .vision only.
+Read the metrics first (each says whose definition it is), then the protocols, which ask a model for .vision, encode_image, encode_text, generate,
+score and fused only, then Recipe, the four heads and train_head.
 Every number is a fraction of the whole split. Several ranks share the work without padding: results do not depend on how many there are.
 
 Dimension key: I images, T texts, C classes, P prompts of a class, E joint embedding, D width.
@@ -975,14 +978,14 @@ class Recipe:
     frozen: bool = False         # is the head alone trained?
     shots: int = None            # training samples of a class; none = all
     percent: float = None        # of the training samples (finetune: of each class); none = all
-    seed: int = 0
+    seed: int = 0                # ours
     out: str = None              # folder for pictures
 
 
-RECIPES = {                                                  # the rates of heads beside frozen encoders: see recipe()
+RECIPES = {                                                  # crops are ours; the rate of heads beside frozen encoders: see recipe()
     "finetune": Recipe(),
-    "segment": Recipe(epochs=128, batch=16, lr=1.28e-3, layer_decay=0.8, scale=0.25),            # public runs with MAE's ViT-B on ADE20K: 8e-5 for 16
-    "detect": Recipe(epochs=100, batch=64, lr=4e-4, layer_decay=0.7, wd=0.1, scale=0.25),        # as ViTDet: 1e-4 for 64
+    "segment": Recipe(epochs=128, batch=16, lr=1.28e-3, layer_decay=0.8, scale=0.25),            # a public run of MAE's ViT-B on ADE20K: 8e-5 for 16
+    "detect": Recipe(epochs=100, batch=64, lr=4e-4, layer_decay=0.7, wd=0.1, scale=0.25),        # ours, near what plain ViT detectors use
     "vqa": Recipe(epochs=8, batch=256, lr=1e-4, layer_decay=1.0, wd=0.02, drop_path=0.0)}        # ALBEF's length and decay; rate ours
 DEMO = {                                                     # the built-in world and small models on two CPU cores
     "finetune": dict(epochs=12, batch=64, lr=3e-3, scale=0.5, layer_decay=0.9, mixup=0, cutmix=0, drop_path=0),

@@ -414,6 +414,28 @@ def protocols(path, tiny_world, out, **how):
     return found
 
 
+def mean_losses():
+    """Of masks and of boxes, on rows that lie unevenly: most labelled pixels and boxes are in the first half."""
+    images, found = torch.arange(4 * 768, dtype=torch.uint8).view(4, 3, 16, 16), []
+    mask = (torch.arange(4 * 256).view(4, 16, 16) < 300).int() * 2
+    mask[3, 0, 0] = 1
+    cells = torch.tensor([[0, 1, 0, -1], [1, -1, -1, 0], [-1] * 4, [-1, -1, 1, -1]])
+    boxes = torch.tensor([0.0, 0, 16, 16]) + torch.arange(4.0)[:, None, None].expand(4, 4, 4) * torch.tensor([0.3, 0.2, -0.5, -0.1])
+    for kind, batch in ((E.Segmenter, {"images": images, "mask": mask}), (E.Detector, {"images": images, "cls": cells, "box": boxes})):
+        vision = small()
+        head, own = kind(vision, 3), {name: x.chunk(common.world())[common.rank()] for name, x in batch.items()}
+        found.append(common.total(head.loss(own, 0)).item() / common.world())
+    return found
+
+
+def test_ranks_shares_of_a_loss_average_to_the_loss_of_all_rows(pools):
+    whole = mean_losses()
+    assert min(whole) > 0.1
+    for world in (2, 4):
+        for theirs in pools(world)(mean_losses):
+            assert theirs == pytest.approx(whole, rel=1e-5)
+
+
 def on_a_rank(*args):
     return protocols(*args)
 
