@@ -213,11 +213,12 @@ class Told(E.Detector):
 def test_the_loss_of_one_patch_by_hand():
     # one positive patch, its middle at (4, 4), box 2 .. 8: distances 2, 2, 4, 4, so centre-ness sqrt(2 / 4 * 2 / 4) = 1 / 2
     batch = {"images": None, "cls": torch.tensor([[0]]), "box": torch.tensor([[[2.0, 2, 8, 8]]])}
-    logits, boxes, centre = torch.zeros(1, 1, 2), torch.tensor([[[2.0, 2, 8, 8]]]), torch.zeros(1, 1)
+    logits, boxes, centre = torch.zeros(1, 1, 2), torch.tensor([[[2.0, 2, 8, 8]]]), torch.ones(1, 1)
     focal = 0.25 * 0.25 * math.log(2) + 0.75 * 0.25 * math.log(2)                            # the right class, and the other
-    assert Told(logits, boxes, centre).loss(batch, 0).item() == pytest.approx(focal + 0 + math.log(2), rel=1e-5)
+    told = math.log(1 + math.e) - 0.5                        # cross-entropy of a logit of 1 with 1 / 2
+    assert Told(logits, boxes, centre).loss(batch, 0).item() == pytest.approx(focal + 0 + told, rel=1e-5)
     off = torch.tensor([[[2.0, 2, 8, 5]]])                   # half of the box: IoU 1 / 2, weighted by centre-ness, over the sum of weights
-    assert Told(logits, off, centre).loss(batch, 0).item() == pytest.approx(focal + 0.5 + math.log(2), rel=1e-5)
+    assert Told(logits, off, centre).loss(batch, 0).item() == pytest.approx(focal + 0.5 + told, rel=1e-5)
     nothing = {"images": None, "cls": torch.tensor([[-1]]), "box": torch.zeros(1, 1, 4)}
     assert Told(logits, boxes, centre).loss(nothing, 0).item() == pytest.approx(2 * 0.75 * 0.25 * math.log(2), rel=1e-5)
 
