@@ -1852,8 +1852,8 @@ def main(argv=None):
     parser.add_argument("task", choices=list(COMMANDS))
     parser.add_argument("checkpoint", nargs="+")
     parser.add_argument("--data", nargs="+", help="held-out shards; each of several folders is a data set; none = the built-in world's")
-    parser.add_argument("--out", help="folder for eval.jsonl, to which results are added; search [runs/search], compare [runs/compare]: for what "
-                                      "they write; export: the file")
+    parser.add_argument("--out", help="folder for eval.jsonl, to which results are added; for pictures of segment, detect, vqa [runs/TASK]; search "
+                                      "[runs/search], compare [runs/compare]: for what they write; export: the file")
     for flag, (owner, how) in FLAGS.items():
         parser.add_argument(flag, **{**how, "help": f"{owner}: {how['help']}"})
     args = parser.parse_args(argv)
