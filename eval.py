@@ -1778,7 +1778,7 @@ def compare(args, device):
         json.dump({"checkpoints": columns, "results": found}, f, indent=1)
     drawn = {f"{metric}, {split}": [values.get(c) for c in columns] for (split, metric, _), values in cells.items()
              if not metric.startswith(("nats", "cider")) and not metric.removesuffix("_itm").endswith(("mean_per_class", "top5", "r5", "r10"))}
-    bars(drawn, list(columns.values()), f"{out}/compare.png", "Held out, frozen checkpoints")
+    bars(drawn, list(columns.values()), f"{out}/compare.png", "Held out")
 
 
 def export(args, device):
