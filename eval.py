@@ -628,9 +628,13 @@ def collect(x):
     return torch.cat([part[:n] for part, n in zip(common.all_gather(padded).split(max(counts)), counts)])
 
 
+def side_of(model):                                          # of the images that it takes, in pixels
+    return model.vision.grid * model.vision.patch
+
+
 def view_of(model):
     """What a model is shown of a PIL image that it did not train on -> uint8 (3, S, S)."""
-    size = model.vision.grid * model.vision.patch
+    size = side_of(model)
     return (lambda image: data.squash(image, size, full=model.resize)) if hasattr(model, "resize") else lambda image: data.centre(image, size)
 
 
@@ -674,7 +678,7 @@ def looks(index, wanted, model, view=None, block=2048):
 
 def read(index, wanted, model):
     """All of that at once; sample numbers as a tensor. UserError if no rank has anything."""
-    size, blocks = model.vision.grid * model.vision.patch, list(looks(index, wanted, model))
+    size, blocks = side_of(model), list(looks(index, wanted, model))
     images, extras, ids = zip(*blocks) if blocks else ((), (), ())
     ids = torch.tensor(sum(ids, []), dtype=torch.long)
     if not len(collect(ids)):
@@ -740,7 +744,7 @@ def embed(kind, model, index, cfg, device, store=None, block=2048):
     others are counted aloud."""
     def make():
         fn, dtype = KINDS[kind](model), torch.float16 if kind == "tokens" else torch.float32     # tokens are many: half precision
-        size = model.vision.grid * model.vision.patch
+        size = side_of(model)
         features, classes, numbers = [in_batches(fn, cfg, device, torch.zeros(0, 3, size, size, dtype=torch.uint8)).to(dtype)], [], []
         for images, labels, ids in looks(index, class_or_none, model, block=block):
             features.append(in_batches(fn, cfg, device, images).to(dtype))
@@ -828,9 +832,10 @@ def class_names(paths):
 
 
 def fitting(labels, names, paths):
-    """The labels (I,); UserError where one has no name."""
-    if int(labels.max()) >= len(names):
-        raise UserError(f"label {int(labels.max())} in {paths[0]}, but only {len(names)} class names beside it")
+    """The labels, (I,) or one; UserError where one has no name."""
+    for label in int(labels.min()), int(labels.max()):
+        if not 0 <= label < len(names):
+            raise UserError(f"label {label} in {paths[0]}, but only {len(names)} class names beside it")
     return labels
 
 
@@ -843,7 +848,7 @@ def pair_scores(model, tokenizer, index, ids, texts, cfg, device):
     """-> fn(image (n,), text (n,)) = model.score of those pairs of samples `ids` and texts. The tokens of all images are held in memory, in half
     precision."""
     rows, _ = decoded(index, ids[share_of(len(ids))].tolist(), lambda s: None, view_of(model))
-    size = model.vision.grid * model.vision.patch
+    size = side_of(model)
     images = torch.from_numpy(np.array([r[0] for r in rows], np.uint8).reshape(-1, 3, size, size))
     seen, (tokens, valid) = collect(in_batches(model.vision, cfg, device, images).half()), tokenize(tokenizer, texts, cfg)
     fn = lambda i, t: model.score(seen[i.cpu()].float().to(device), *(x[t.cpu()].to(device) for x in (tokens, valid)))
@@ -1085,11 +1090,11 @@ class Detector(torch.nn.Module):
 
     def forward(self, images):
         """(B, 3, S, S) -> logits of the classes (B, N, C), boxes (B, N, 4) as left, top, right, bottom in pixels, logits of centre-ness (B, N)."""
-        n, x = self.vision.grid, self.vision.patch_tokens(images).transpose(1, 2).unflatten(2, (self.vision.grid, -1))
+        x = self.vision.patch_tokens(images).transpose(1, 2).unflatten(2, (self.vision.grid, -1))
         for conv in self.tower:
             x = F.gelu(conv(x))
         classes, sides, centre = self.out(x.flatten(2).transpose(1, 2)).float().split([self.classes, 4, 1], 2)
-        middle = middles(n, self.vision.patch).to(sides)
+        middle = middles(self.vision.grid, self.vision.patch).to(sides)
         near, far = (self.vision.patch * sides.clamp(max=8).exp()).chunk(2, 2)
         return classes, torch.cat([middle - near, middle + far], 2), centre[..., 0]
 
@@ -1098,9 +1103,8 @@ class Detector(torch.nn.Module):
         positive patches of all ranks, as there."""
         logits, boxes, centre = self(batch["images"])
         positive, truth = batch["cls"] >= 0, batch["box"]
-        sides = torch.cat([middles(self.vision.grid, self.vision.patch).to(truth) - truth[..., :2], truth[..., 2:] - middles(
-            self.vision.grid, self.vision.patch).to(truth)], 2)                                  # (B, N, 4): to left, top, right, bottom
-        pairs = torch.stack([sides[..., [0, 2]], sides[..., [1, 3]]], 2)
+        middle = middles(self.vision.grid, self.vision.patch).to(truth)
+        pairs = torch.stack([middle - truth[..., :2], truth[..., 2:] - middle], 3)               # (B, N, 2, 2): to left and right, top and bottom
         weight = (pairs.amin(3) / pairs.amax(3).clamp(min=1e-6)).clamp(min=0).prod(2).sqrt() * positive
         target = F.one_hot(batch["cls"].clamp(min=0), self.classes) * positive[..., None]
         p = logits.sigmoid()
@@ -1159,7 +1163,7 @@ class Fusion(torch.nn.Module):
     """For methods that read no text beside an image: a question's tokens look at the image's in two blocks, all new (ours)."""
     def __init__(self, vision, vocab, length, dim=128):
         super().__init__()
-        self.vision, self.context = vision, length
+        self.vision = vision
         self.text = common.TextTransformer(vocab, length, dim, 1, dim // 32, causal=False)
         self.blocks = torch.nn.ModuleList(common.CrossBlock(dim, vision.pos_embed.shape[2], dim // 32) for _ in range(2))
         self.norm = torch.nn.LayerNorm(dim, eps=1e-6)
@@ -1236,7 +1240,7 @@ def trained(build, index, example, model, cfg, device, how, label):
         with torch.random.fork_rng():
             torch.manual_seed(how.seed)
             head = build(type(model)(cfg).to(device) if suffix else copy.deepcopy(model)).to(device)
-        row = functools.partial(example, size=model.vision.grid * model.vision.patch, depth=len(model.vision.blocks), how=how)
+        row = functools.partial(example, size=side_of(model), depth=len(model.vision.blocks), how=how)
         train_head(head, index, row, how, cfg, device, name)
         yield suffix, head
 
@@ -1292,18 +1296,15 @@ def whole(size):
     return lambda image: data.squash(image, size, full=1.0)
 
 
-def class_row(sample, rng, size, depth, how, names, path):
-    label = sample.label()
-    if not 0 <= label < len(names):
-        raise UserError(f"label {label} in {path}, but only {len(names)} class names beside it")
-    return {**drawn(sample, rng, size, depth, how)[0], "label": np.int64(label)}
+def class_row(sample, rng, size, depth, how, names, paths):
+    return {**drawn(sample, rng, size, depth, how)[0], "label": fitting(np.int64(sample.label()), names, paths)}
 
 
 def finetune(model, tokenizer, paths, cfg, device, store, how):
     """Accuracy after fine-tuning encoder and classifier on the train part; classes of unseen.txt are left out. _random: the same from new weights;
     _majority: what the most frequent held-out class would give."""
     names, index, train, found = class_names(paths), data.open_index(paths), chosen(paths, how, by_class=True), []
-    row = functools.partial(class_row, names=names, path=train.paths[0])
+    row = functools.partial(class_row, names=names, paths=train.paths)
     for suffix, head in trained(lambda m: Classifier(m.vision, len(names), how), train, row, model, cfg, device, how, "fine-tuning"):
         pred, labels = [torch.zeros(0, dtype=torch.long)], []
         for images, own, _ in looks(index, data.Sample.label, model):
@@ -1342,7 +1343,7 @@ def segment(model, tokenizer, paths, cfg, device, store, how):
     classes = len(names) if names else 1 + max(itertools.chain.from_iterable(sum(top, [])), default=0)
     if classes < 2:
         raise UserError(f"no mask (KEY.seg.png) with a class but 0 in {paths[0]} ... or the training shards beside it")
-    row, view = functools.partial(mask_row, classes=classes), whole(model.vision.grid * model.vision.patch)
+    row, view = functools.partial(mask_row, classes=classes), whole(side_of(model))
     for suffix, head in trained(lambda m: Segmenter(m.vision, classes), train, row, model, cfg, device, how, "segmenting"):
         counts, cells = torch.zeros(classes, classes, dtype=torch.long), []
         for images, masks, ids in looks(index, mask_of, model, view):
@@ -1405,7 +1406,7 @@ def boxes_told(head, index, names, model, cfg, device):
         what = [dict(zip("xywh", box), text=titles[int(c)]) for c, *box in boxes[:, :5].tolist()]
         return overlay(index[i].image(), what), note, None
     told, real, shapes, cells, titles = [torch.zeros(0, 7)], [torch.zeros(0, 8)], [torch.zeros(0, 3)], [], list(names)
-    size = model.vision.grid * model.vision.patch
+    size = side_of(model)
     for images, truths, ids in looks(index, wanted, model, whole(size)):
         for x, (shape, boxes), i in zip(detections(head, images, cfg, device), truths, ids):
             x[:, 1:5] *= torch.tensor(shape).repeat(2) / size
@@ -1523,7 +1524,7 @@ def vqa(model, tokenizer, paths, cfg, device, store, how):
     row = functools.partial(question_row, answers={a: i for i, a in enumerate(told)}, tokenizer=tokenizer, context=context)
     for suffix, head in trained(build, train, row, model, cfg, device, how, "answering"):
         judged_ones, cells = [torch.zeros(0, 3, dtype=torch.double)], []
-        for images, questions, ids in looks(index, asked, model, whole(model.vision.grid * model.vision.patch)):
+        for images, questions, ids in looks(index, asked, model, whole(side_of(model))):
             flat = [(n, *qa) for n, qas in enumerate(questions) for qa in qas]
             tokens, valid = (torch.from_numpy(np.stack(x)) for x in zip(*(tokenizer.pad(q, context) for _, q, _, _ in flat)))
             pred = in_batches(head, cfg, device, images[[n for n, *_ in flat]], tokens, valid).argmax(1).tolist()
@@ -1544,9 +1545,9 @@ def vqa(model, tokenizer, paths, cfg, device, store, how):
 ANSWER_TYPES = ("yes/no", "number", "other")                 # VQA's
 
 
-def recipe(task, args=None):
+def recipe(task, args):
     """The Recipe of a task, DEMO's changes where no --data are given, what the command line gives, and the rate of a head alone (ours)."""
-    how = dataclasses.replace(RECIPES[task], **(DEMO[task] if args and not args.data else {}))
+    how = dataclasses.replace(RECIPES[task], **({} if args.data else DEMO[task]))
     given = {f.name: v for f in dataclasses.fields(how) if (v := getattr(args, f.name, None)) is not None and v is not False}
     most = {"percent": 100, "scale": 1}
     wrong = [f"--{name} {v}" for name, v in given.items() if isinstance(v, (int, float)) and not 0 < v <= most.get(name, math.inf)]

@@ -27,6 +27,15 @@ def tiny_world(tmp_path_factory):
     return data.make_world(root=str(tmp_path_factory.mktemp("world")), scenes=256, parts=("pairs", "labels"))
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For tiny models, whose threads would only wait for each other, and for sums to the bit, which depend on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def tiny(tiny_world, tmp_path):
     """An ALIGN of a few thousand parameters on the tiny world: seconds for a few steps."""

@@ -20,12 +20,7 @@ from common import UserError, ViT, parse
 SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():                                            # sums depend on the number of threads, and runs are compared bit by bit
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)

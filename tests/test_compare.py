@@ -11,12 +11,7 @@ import mug
 from common import UserError
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():                                            # the models are tiny: threads would only wait for each other
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -29,12 +29,7 @@ from data import Index, Plan, Sample, Skip, Tokenizer
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 FOLDER, LINK, DEVICE = ((kind,) for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE))

@@ -23,12 +23,7 @@ CPU, CFG = torch.device("cpu"), SimpleNamespace(precision="fp32", seed=0)
 SHORT = E.Recipe(epochs=1, batch=16, lr=1e-3, scale=0.5, layer_decay=0.9)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small(depth=2, size=16, patch=8, **how):
@@ -499,7 +494,7 @@ def test_a_report_with_heads_holds_them(dual, tiny_world, tmp_path, monkeypatch)
     for probe in ("linear_probe", "attentive_probe"):
         monkeypatch.setattr(E, probe, lambda train, labels, test, *_: E.knn(train.flatten(1), labels, test.flatten(1), 1))
     recipe = E.recipe
-    monkeypatch.setattr(E, "recipe", lambda task, args=None: replace(recipe(task, args), epochs=0.1, batch=16))
+    monkeypatch.setattr(E, "recipe", lambda task, args: replace(recipe(task, args), epochs=0.1, batch=16))
     E.main(["compare", dual, "--data", f"{tiny_world}/pairs", f"{tiny_world}/labels", "--heads", "--out", str(tmp_path)])
     report = json.load(open(tmp_path / "compare.json"))["results"]
     assert {"finetune", "segment", "detect", "vqa", "retrieval"} <= {r["protocol"] for r in report}
