@@ -106,57 +106,62 @@ Model = ALIGN
 
 
 class _Contrast(torch.autograd.Function):
-    """z = image @ texts.T / temperature is the only block of logits: B rows of G. Rows are normalised here, columns with two all-reduces."""
+    """z = image @ texts.T / temperature is the only block of logits: B rows of G. Rows are normalised here, columns with two all-reduces. In chunks,
+    neither all of z nor all texts are ever in memory: those of each rank come in turn, in backward once more."""
     @staticmethod
     def forward(ctx, image, text, temperature, smoothing, chunk):
-        texts = common.all_gather(text)                                                          # (G, E)
-        B, G = len(image), len(texts)
-        own = rank() * B + torch.arange(B, device=image.device)                                  # column of each row's own text
-        rows, right, mean, blocks = [], [], [], []
-        columns = torch.full((G,), -math.inf, dtype=image.dtype, device=image.device)
-        for x, target in zip(image.split(chunk or B), own.split(chunk or B)):
-            z = x / temperature @ texts.T                                                        # (chunk, G)
-            rows.append(z.logsumexp(1))
-            right.append(z.gather(1, target[:, None])[:, 0])
-            mean.append(z.mean(1))
-            columns = torch.logaddexp(columns, z.logsumexp(0))
-            blocks = [] if chunk else [z]
-        rows, right, mean = map(torch.cat, (rows, right, mean))
+        scaled, rows, columns, total, kept = image / temperature, torch.full_like(image[:, 0], -math.inf), [], 0, []
+        for texts in common.in_turn(text) if chunk else [common.all_gather(text)]:               # (B, E) of each rank, or (G, E)
+            column = torch.full_like(texts[:, 0], -math.inf)
+            for x, row in zip(scaled.split(chunk or len(image)), rows.split(chunk or len(image))):
+                z = x @ texts.T                                                                  # (chunk, B) or (B, G)
+                torch.logaddexp(row, z.logsumexp(1), out=row)
+                column = torch.logaddexp(column, z.logsumexp(0))
+            columns.append(column)
+            total = total + texts.sum(0)
+            kept = [] if chunk else [texts, z]
+        columns = torch.cat(columns)
         if world() > 1:                                                                          # log-sum-exp over the ranks' rows
             top = columns.clone()
             dist.all_reduce(top, dist.ReduceOp.MAX)
-            total = (columns - top).exp()
-            dist.all_reduce(total)
-            columns = top + total.log()
-        ctx.save_for_backward(image, texts, temperature, rows, columns, own, *blocks)
+            mass = (columns - top).exp()
+            dist.all_reduce(mass)
+            columns = top + mass.log()
+        ctx.save_for_backward(image, text, temperature, rows, columns, *kept)
         ctx.smoothing, ctx.chunk = smoothing, chunk
+        right, mean = (scaled * text).sum(1), scaled @ total / len(columns)
         # Summed over ranks, the columns' smoothing term equals the rows': both are the sum of all logits over G.
-        return (rows + columns[own] - 2 * (1 - smoothing) * right - 2 * smoothing * mean).mean()
+        return (rows + columns.chunk(world())[rank()] - 2 * (1 - smoothing) * right - 2 * smoothing * mean).mean()
 
     @staticmethod
     def backward(ctx, grad):
-        image, texts, temperature, rows, columns, own, *blocks = ctx.saved_tensors
-        B, G, c = len(image), len(texts), ctx.chunk or len(image)
-        d_image, d_texts, d_scale = torch.empty_like(image), torch.zeros_like(texts), torch.zeros_like(temperature)
-        for i in range(0, B, c):
-            z = blocks[0] if blocks else image[i:i + c] / temperature @ texts.T
-            g = (z - rows[i:i + c, None]).exp_()                                                 # softmax over rows + over columns - 2 targets
-            g.add_((z - columns).exp_()).sub_(2 * ctx.smoothing / G)
-            g[torch.arange(len(g), device=g.device), own[i:i + c]] -= 2 * (1 - ctx.smoothing)
-            g.mul_(grad / (B * temperature))
-            d_image[i:i + c] = g @ texts
-            torch.addmm(d_texts, g.T, image[i:i + c], out=d_texts)
-            d_scale -= g.flatten() @ z.flatten()
-            del z, g                                         # or the next z would be made beside them
-        return d_image, common.reduce_scatter(d_texts), d_scale, None, None
+        image, text, temperature, rows, columns, *kept = ctx.saved_tensors
+        B, c, k, own = len(image), ctx.chunk or len(image), grad / (len(image) * temperature), 2 * (1 - ctx.smoothing)
+        scaled, d_scale = image / temperature, own * (image * text).sum() / temperature
+        d_image, d_text = -own * text, -own * k * image      # of each row's own logit; what all logits add follows
+        for r, texts in enumerate(common.in_turn(text) if ctx.chunk else kept[:1]):
+            d_texts, column = torch.zeros_like(texts), columns.split(len(texts))[r]
+            for i in range(0, B, c):
+                d_x, z = d_image[i:i + c], kept[1] if kept else scaled[i:i + c] @ texts.T
+                g = (z - rows[i:i + c, None]).exp_()                                             # softmax over rows + over columns
+                g.add_((z - column).exp_()).sub_(2 * ctx.smoothing / len(columns))
+                torch.addmm(d_x, g, texts, out=d_x)
+                torch.addmm(d_texts, g.T, image[i:i + c], out=d_texts)
+                d_scale -= g.flatten() @ z.flatten()
+                del z, g                                     # or the next z would be made beside them
+            d_texts *= k
+            d_text += common.sum_at(r, d_texts) if ctx.chunk else common.reduce_scatter(d_texts)
+            del d_texts
+        return d_image.mul_(k), d_text, d_scale * k, None, None
 
 
 def contrastive_loss(image, text, temperature, label_smoothing=0.0, chunk=0):
     """Sum of the image-to-text and text-to-image softmax cross-entropies over the global batch (paper s4.1, Eq. 1-2).
 
     image, text: (B, E) unit rows of this rank's pairs; temperature: 0-dim divisor. Returns this rank's share: the mean over ranks is the
-    loss, and gradients averaged over ranks are its gradients. Needs no process group. chunk: rows of logits alive at a time, recomputed
-    in backward (0 = all). One block of logits serves both directions (ours): half the memory of scoring rows and columns apart.
+    loss, and gradients averaged over ranks are its gradients. Needs no process group. chunk: rows of logits alive at a time, against one
+    rank's texts, recomputed in backward (0 = all, against all). One block of logits serves both directions (ours): half the memory of
+    scoring rows and columns apart.
     """
     return _Contrast.apply(image, text, temperature, label_smoothing, chunk)
 

@@ -810,7 +810,7 @@ def search(model, tokenizer, cfg, device, index, store, out, text=None, image=No
         except (OSError, data.Skip) as error:
             raise UserError(f"--image {image} cannot be read ({error}): give a JPEG, PNG or WebP file") from None
     features, _, numbers = embed("images", model, index, cfg, device, store)
-    own = picture and in_batches(model.encode_image, cfg, device, torch.from_numpy(view_of(model)(picture))[None])[0]
+    own = picture and in_batches(model.encode_image, cfg, device, torch.tensor(view_of(model)(picture))[None])[0]
     best = (features @ compose(own, words_of(text), words_of(minus), weights)).topk(min(k, len(features)))
     found = [(score, int(numbers[i])) for score, i in zip(best.values.tolist(), best.indices.tolist())]
     if rank() == 0:

@@ -402,14 +402,15 @@ def draw(model, tokenizer, cfg, device):
     rng, cells = data.rng_for(6, cfg.seed), []
     for a, b in torch.linspace(0, len(ids) - 1, 8).long().view(4, 2).tolist():
         left, right = index[ids[a]].image(), index[ids[b]].image()
-        (va, ga), (vb, gb), (target, gt) = view(left, rng, cfg), view(right, rng, cfg), view(right, rng, cfg, True)
+        views = view(left, rng, cfg), view(right, rng, cfg), view(right, rng, cfg, True)
+        (va, ga), (vb, gb), (target, gt) = ((torch.tensor(x), place) for x, place in views)
         own = masks(torch.rand(1, (model.grid // cfg.unit) ** 2, generator=common.generator(cfg.seed, a)), model.grid, cfg.unit, cfg.keep)
         up = pixels(own, cfg.patch)[0, 0]
-        mixture = torch.where(up, torch.from_numpy(va), torch.from_numpy(vb))
+        mixture = torch.where(up, va, vb)
         cells += [(evaluation.overlay(left, [box(ga, "input")]), "image a", None), (evaluation.overlay(mixture, up.long()), "patches of a", None),
                   (mixture, "mixture", None), (evaluation.overlay(right, [box(gb, "input"), box(gt, "target")]), "image b", None),
-                  (evaluation.overlay(torch.from_numpy(vb), [seen_from(gb, gt, cfg.image_size)]), "target in input view", None),
-                  (torch.from_numpy(target), "b's target view", None)]
+                  (evaluation.overlay(vb, [seen_from(gb, gt, cfg.image_size)]), "target in input view", None),
+                  (target, "b's target view", None)]
     evaluation.sheet(cells, f"{cfg.out}/views.png", 6, f"{title.capitalize()}: what is made of two images", 128)
 
 

@@ -172,10 +172,11 @@ class MUG(nn.Module):
         images (B, 3, S, S); noise (B, N), uniform: the patches of least noise are kept; tokens, valid (B, L), begin to end token.
         """
         order = noise.argsort(1)                             # ids_keep first; a fresh subset for each image
-        latent = self.vision(images, order[:, :self.n_keep])
+        patches = self.vision.patches(images)
+        latent = self.vision(patches, order[:, :self.n_keep])
         pixel_loss = caption_loss = torch.zeros(len(images), device=images.device)
         if self.pixels:
-            pred, target = self.pixels(latent, order.argsort(1)), normalised(self.vision.patches(images))[0]
+            pred, target = self.pixels(latent, order.argsort(1)), normalised(patches)[0]
             error = (pred.to(target.dtype) - target).square().mean(2)                            # (B, N), float32 even under autocast
             pixel_loss = error.gather(1, order[:, self.n_keep:]).mean(1)                         # visible patches teach nothing
         if self.caption:
@@ -202,7 +203,7 @@ class MUG(nn.Module):
         """Images (B, 3, S, S) in 0..1, masked ones (removed patches grey), and with removed patches as predicted. With normalised targets the
         network knows only a patch's pattern: its mean and deviation are taken from the original."""
         order, patches = noise.argsort(1), self.vision.patches(images)
-        pred = self.pixels(self.vision(images, order[:, :self.n_keep]), order.argsort(1)).to(patches.dtype)
+        pred = self.pixels(self.vision(patches, order[:, :self.n_keep]), order.argsort(1)).to(patches.dtype)
         _, mean, std = normalised(patches)
         removed = (order.argsort(1) >= self.n_keep)[..., None]
         shown = [patches, torch.where(removed, 0.0, patches), torch.where(removed, pred * std + mean, patches)]
@@ -240,7 +241,7 @@ def draw(model, tokenizer, cfg, device):
     terms = ["pixels"] * bool(model.pixels) + ["caption"] * bool(model.caption)
     evaluation.curves(f"{cfg.out}/log.jsonl", f"{cfg.out}/curves.png", ["loss", *terms, "lr", "grad_norm"], f"MUG, {cfg.steps} steps of {cfg.batch}")
     samples = evaluation.specimens(index, 8)
-    images = torch.stack([torch.from_numpy(data.centre(s.image(), cfg.image_size)) for s in samples]).to(device)
+    images = torch.stack([torch.tensor(data.centre(s.image(), cfg.image_size)) for s in samples]).to(device)
     noise = torch.rand(8, model.vision.grid ** 2, generator=common.generator(cfg.seed)).to(device)
     with common.autocast(cfg, device):
         texts = [tokenizer.decode(ids) for ids in model.generate(images).tolist()] if model.caption else [""] * 8

@@ -550,7 +550,7 @@ def draw(model, tokenizer, cfg, device, boxes):
                       f"TiMix ({cfg.mix}), {cfg.steps} steps of {cfg.batch}")
     samples, n = evaluation.specimens(index, 6), model.vision.grid
     texts = [s.captions(lines=True)[0] for s in samples]
-    images = torch.stack([torch.from_numpy(data.centre(s.image(), cfg.image_size)) for s in samples])
+    images = torch.stack([torch.tensor(data.centre(s.image(), cfg.image_size)) for s in samples])
     tokens, valid = (torch.from_numpy(np.stack(x)).to(device) for x in zip(*(tokenizer.pad(t, cfg.context) for t in texts)))
     with common.autocast(cfg, device):
         seen, tapped = model.vision(images.to(device), tap=model.tap)

@@ -397,10 +397,16 @@ def as_rank(r, ranks, tables, columns=None):
     def all_reduce(x, op=None):                              # the largest, then the sum of exp(column - largest)
         if columns is not None:
             x.copy_(columns) if op else x.fill_(1)
-    ours = {"rank": lambda: r, "world": lambda: ranks}
+
+    def in_turn(x):                                          # in one buffer, as a real one; the others' rows are elsewhere and not counted
+        buffer = torch.empty_like(x)
+        for part in next(part for (own, _), part in zip(tables, parts) if own is x):
+            yield buffer.copy_(part)
+    parts, ours = [whole.detach().chunk(ranks) for _, whole in tables], {"rank": lambda: r, "world": lambda: ranks}
     fake = SimpleNamespace(all_reduce=all_reduce, ReduceOp=SimpleNamespace(MAX=1))
-    share = lambda x: x.chunk(ranks)[r].clone()
-    with mock.patch.multiple(common, all_gather=all_gather, reduce_scatter=share, **ours), mock.patch.multiple(align, dist=fake, **ours):
+    passed = dict(all_gather=all_gather, reduce_scatter=lambda x: x.chunk(ranks)[r].clone(), in_turn=in_turn,
+                  sum_at=lambda at, x: x if at == r else 0)
+    with mock.patch.multiple(common, **passed, **ours), mock.patch.multiple(align, dist=fake, **ours):
         yield
 
 
@@ -441,7 +447,7 @@ def routes_of(tables, temperature, chunk):
     return {"ours": lambda: route(align.contrastive_loss, chunk), "plain": lambda: route(plain_loss)}
 
 
-def contrast(sizes=((4096, 512), (16384, 512), (8192, 1024)), chunk=128, repeats=2, two=True):
+def contrast(sizes=((4096, 512), (16384, 512), (8192, 1024)), chunk=256, repeats=5, two=True):
     """One of 8 ranks, its B / 8 rows against B columns, then 2 real ones."""
     if DEVICE.type == "cuda":
         sizes = (*sizes, (32768, 512), (65536, 512), (65536, 1024))

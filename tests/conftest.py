@@ -22,6 +22,10 @@ import data
 SHARED = os.path.join(os.path.dirname(ROOT), "shared", "data")
 
 
+def pytest_configure(config):                                # data.py says so, but pytest has filters of its own
+    config.addinivalue_line("filterwarnings", r"ignore:::PIL\.")
+
+
 @pytest.fixture(scope="session")
 def tiny_world(tmp_path_factory):
     return data.make_world(root=str(tmp_path_factory.mktemp("world")), scenes=256, parts=("pairs", "labels"))

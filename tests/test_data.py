@@ -2,6 +2,7 @@
 import collections
 import contextlib
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -675,12 +676,34 @@ def joined(index, plan, steps, example=number, world=1, workers=0):
     return {name: torch.stack([sum(p) if name == "skipped" else torch.cat(p) for p in zip(*([b[name] for b in r] for r in ranks))]) for name in ranks[0][0]}
 
 
+class Digest(np.random.bit_generator.ISeedSequence):
+    """What rng_for() seeds numpy's generator with, spelt out."""
+    def __init__(self, *key):
+        digest = hashlib.blake2b(f"[{', '.join(map(str, key))}]".encode(), digest_size=32).digest()
+        self.words = [int.from_bytes(digest[i:i + 8], "little") for i in range(0, 32, 8)]
+
+    def generate_state(self, n, dtype):
+        assert (n, dtype) == (4, np.uint64)
+        return np.array(self.words, dtype)
+
+
+def drawing(*key):
+    return np.random.Generator(np.random.PCG64(Digest(*key)))
+
+
+def test_streams_of_random_numbers_are_told_apart_by_every_integer_of_their_key():
+    keys = [(1, 2), (1, 2, 0), (12,), (1, 3), (2, 1), (-1, 2), (2 ** 70,)]
+    first = {data.rng_for(*key).random() for key in keys}
+    assert len(first) == len(keys) and first == {drawing(*key).random() for key in keys}
+    assert data.rng_for(np.int64(1), 2).random() == data.rng_for(1, 2).random() == data.rng_for(1, np.int32(2)).random()
+
+
 def slow_order(starts, seed, epoch, window):
     """The rule, spelt out: shards permuted, and each window of them shuffled."""
-    order, out = np.random.default_rng((1, seed, epoch)).permutation(len(starts) - 1), []
+    order, out = drawing(1, seed, epoch).permutation(len(starts) - 1), []
     for w, at in enumerate(range(0, len(order), window)):
         ids = np.array([i for s in order[at:at + window] for i in range(starts[s], starts[s + 1])], int)
-        np.random.default_rng((2, seed, epoch, w)).shuffle(ids)
+        drawing(2, seed, epoch, w).shuffle(ids)
         out += ids.tolist()
     return out
 
@@ -749,9 +772,9 @@ def test_ten_million_samples_are_planned_without_listing_them():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 5e6                                        # bytes; the epoch would be 80 MB
-    order = np.random.default_rng((1, 5, 7)).permutation(10_000)                             # position 5,001,234 is the 1,235th of window 1250
+    order = drawing(1, 5, 7).permutation(10_000)                             # position 5,001,234 is the 1,235th of window 1250
     ids = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in order[5000:5004]])
-    np.random.default_rng((2, 5, 7, 1250)).shuffle(ids)
+    drawing(2, 5, 7, 1250).shuffle(ids)
     assert got == ids[1234]
 
 

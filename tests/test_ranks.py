@@ -38,6 +38,7 @@ def two_block_loss(image, text, temperature, e, gather):
 
 LOSSES = {"one block": lambda i, t, s: align.contrastive_loss(i, t, s, 0.1),
           "one block in chunks": lambda i, t, s: align.contrastive_loss(i, t, s, 0.1, chunk=2),
+          "one block in chunks, strided": lambda i, t, s: align.contrastive_loss(i.T.contiguous().T, t.T.contiguous().T, s, 0.1, chunk=2),
           "one block, strided": lambda i, t, s: align.contrastive_loss(i.T.contiguous().T, t.T.contiguous().T, s, 0.1),
           "two blocks, our gather": lambda i, t, s: two_block_loss(i, t, s, 0.1, common.gather),
           "two blocks, plain gather": lambda i, t, s: two_block_loss(i, t, s, 0.1, common.all_gather)}
