@@ -5,12 +5,13 @@
     python tests/bench.py step --profile # and where the rest of a step goes
     python tests/bench.py long           # does anything grow? some minutes, Linux
     python tests/bench.py large quality  # the loss of 32k and 64k pairs; how long until ALIGN's demo is good
+    python tests/bench.py link           # gradients averaged over a 1 Gbit/s link: as root on Linux, which joins two network namespaces
     python tests/bench.py --peers        # beside open_clip and webdataset, which must be installed
     python tests/bench.py --gpu          # paper sizes on a GPU, beside its bf16 matrix products
 
 Read the counted flops (align_flops and so on), drive (how a script's own steps are measured), then the subjects.
 """
-import argparse, collections, contextlib, functools, gc, importlib, io, math, multiprocessing, os, statistics, sys, tempfile, time
+import argparse, collections, contextlib, functools, gc, importlib, io, math, multiprocessing, os, shutil, statistics, sys, tarfile, tempfile, time
 from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
@@ -543,24 +544,38 @@ def real_pairs():
     return data.Index(data.expand(PAIRS if real else f"{folder}/pairs")), "real" if real else "built-in"
 
 
-def loader(sizes=(96, 224), images=1024, repeats=3):
-    """With one worker beside Pillow in one process, with as many workers as cores beside as many processes."""
-    index, kind = real_pairs()
-    images, cores = min(images, len(index)), os.cpu_count()
-    raws = list(filter(None, (index[i].image_bytes() for i in range(images))))
-    for size in sizes:
-        for n in sorted({1, cores}):
-            found = collections.defaultdict(list)
-            with multiprocessing.Pool(n, keep, (raws, size)) as pool:
+def enlarged(index, images, times):
+    """Index of a shard of these images at so many times their sides: those beside the project are smaller than pictures on the web."""
+    path = f"{world()}/{times}.tar"
+    with tarfile.open(path, "w") as tar:
+        for i in range(images):
+            raw, image = io.BytesIO(), index[i].image()
+            image.resize((image.width * times, image.height * times), Image.BICUBIC).save(raw, "JPEG", quality=90)
+            data.add(tar, f"{i:06d}.jpg", raw.getvalue())
+    return data.Index([path])
+
+
+def loader(sizes=((96, 1), (224, 1), (224, 3)), images=1024, repeats=3):
+    """In this process and with one worker beside Pillow in one process, with as many workers as cores beside as many processes."""
+    found, kind = real_pairs()
+    images, cores = min(images, len(found)), os.cpu_count()
+    for size, times in sizes:
+        index = found if times == 1 else enlarged(found, images, times)
+        raws = list(filter(None, (index[i].image_bytes() for i in range(images))))
+        width = statistics.median(Image.open(io.BytesIO(raw)).width for raw in raws)
+        for n in sorted({0, 1, cores}):
+            rates = collections.defaultdict(list)
+            with multiprocessing.Pool(max(1, n), keep, (raws, size)) as pool:
                 for turn in range(repeats + 1):
                     began = time.perf_counter()
-                    pool.map(bare, [(i, n) for i in range(n)], chunksize=1)
+                    pool.map(bare, [(i, max(1, n)) for i in range(max(1, n))], chunksize=1)
                     alone = len(raws) / (time.perf_counter() - began)
                     ours = rate(of_loader(index, size, 32, n, images), 2 * n)
-                    found["alone"] += [alone] * (turn > 0)
-                    found["ours"] += [ours] * (turn > 0)
-            ours, alone = (statistics.median(found[who]) for who in ("ours", "alone"))
-            yield f"loader, {n} worker(s), {kind} pairs to {size} px ({ours:.0f} images/s) / Pillow alone in {n} process(es)", ours / alone, ">= 0.90"
+                    rates["alone"] += [alone] * (turn > 0)
+                    rates["ours"] += [ours] * (turn > 0)
+            ours, alone = (statistics.median(rates[who]) for who in ("ours", "alone"))
+            yield (f"loader, {n} worker(s), {kind} pairs, {width:.0f} px wide, to {size} px ({ours:.0f} images/s) / Pillow alone in {max(1, n)} "
+                   "process(es)", ours / alone, ">= 0.90" if n else "-")
 
 
 # ---- memory, time to quality ----
@@ -822,9 +837,9 @@ def gpu_rows(name, cfg, size, goal, n, repeats, run):
 
 SUBJECTS = {"mug": mug_encoder, "lcl": lcl_packing, "m3i": m3i_mixture, "timix": timix_mixed_pass, "step": steps, "contrast": contrast,
             "loader": loader, "memory": step_memory, "plan": bench_plan.plan, "start": bench_plan.first_step,
-            "gradients": bench_gradients.averaging_behind_backward, "quality": quality, "long": long_runs,
-            "large": lambda: contrast(((32768, 512), (65536, 512)), repeats=1, two=False)}
-LONG = ("large", "quality", "long")                          # minutes each: only when named
+            "gradients": bench_gradients.averaging_behind_backward, "link": bench_gradients.averaging_over_a_link, "quality": quality,
+            "long": long_runs, "large": lambda: contrast(((32768, 512), (65536, 512)), repeats=1, two=False)}
+LONG = ("large", "quality", "long", "link")                  # minutes each, or root's: only when named
 
 
 def main():
@@ -838,6 +853,9 @@ def main():
         parser.error(f"{', '.join(unknown)}: choose of {', '.join(SUBJECTS)}")
     if args.gpu and DEVICE.type != "cuda":
         print("no GPU here: --gpu needs one that torch can use", file=sys.stderr)
+        sys.exit(2)
+    if "link" in args.subjects and (os.geteuid() or not (shutil.which("ip") and shutil.which("tc"))):
+        print("link joins two network namespaces: it needs root and iproute2's ip and tc", file=sys.stderr)
         sys.exit(2)
     for package in ("open_clip", "webdataset") * args.peers:
         peer(package)

@@ -1,5 +1,5 @@
-"""Subject of tests/bench.py: how much of the averaging of gradients is hidden behind backward; two gloo processes, a thread each."""
-import functools, os, socket, statistics, sys, time
+"""Subjects of tests/bench.py: how much of the averaging of gradients is hidden behind backward; two gloo processes, a thread each."""
+import contextlib, ctypes, functools, os, socket, statistics, subprocess, sys, time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -12,8 +12,32 @@ import align
 from common import ViT
 
 
-def _averaging_rank(rank, port, repeats, results):
+@contextlib.contextmanager
+def link(rate):
+    """Names of two network namespaces that a link of this rate (as tc says it) joins: a network that takes its time, but no processor, as gloo's own
+    way through this machine's memory does. Linux, root, iproute2."""
+    names = [f"bench-{os.getpid()}-{i}" for i in range(2)]
+    run = lambda line, **how: subprocess.run(line.split(), **how)
+    try:
+        for name in names:
+            run(f"ip netns add {name}", check=True)
+        run(f"ip link add wire netns {names[0]} type veth peer name wire netns {names[1]}", check=True)
+        for i, name in enumerate(names):
+            for line in (f"ip -n {name} address add 10.0.0.{i + 1}/24 dev wire", f"ip -n {name} link set wire up", f"ip -n {name} link set lo up",
+                         f"tc -n {name} qdisc add dev wire root tbf rate {rate} burst 256kb latency 100ms"):
+                run(line, check=True)
+        yield names
+    finally:
+        for name in names:
+            run(f"ip netns delete {name}", stderr=subprocess.DEVNULL)
+
+
+def _averaging_rank(rank, port, repeats, results, namespaces=None):
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if namespaces:
+        os.environ.update(MASTER_ADDR="10.0.0.1", GLOO_SOCKET_IFNAME="wire")
+        if ctypes.CDLL(None, use_errno=True).setns(os.open(f"/run/netns/{namespaces[rank]}", os.O_RDONLY), 0):
+            raise OSError(ctypes.get_errno(), f"cannot enter {namespaces[rank]}")
     torch.set_num_threads(1)
     device, found = common.join(), {}
     demo = align.ALIGN(align.Config(**align.DEMO)).to(device)
@@ -54,7 +78,14 @@ def _averaging_rank(rank, port, repeats, results):
     dist.destroy_process_group()
 
 
-def averaging_behind_backward(repeats=7):
+def averaging_over_a_link(rate="1gbit", repeats=5):
+    """The same over a link that is slower than this machine's memory, as between machines."""
+    with link(rate) as namespaces:
+        for what, *rest in averaging_behind_backward(repeats, namespaces):
+            yield f"over a {rate} link: {what}", *rest
+
+
+def averaging_behind_backward(repeats=7, namespaces=None):
     """Backward alone, with the averaging after it, and with the averaging while it runs; what the averaging costs by itself. The demo fits in one
     bucket, so nothing of it can be hidden."""
     with socket.socket() as s:
@@ -62,7 +93,7 @@ def averaging_behind_backward(repeats=7):
         port = s.getsockname()[1]
     context = mp.get_context("spawn")
     results = context.Queue()
-    ranks = [context.Process(target=_averaging_rank, args=(r, port, repeats, results)) for r in range(2)]
+    ranks = [context.Process(target=_averaging_rank, args=(r, port, repeats, results, namespaces)) for r in range(2)]
     for p in ranks:
         p.start()
     found = results.get(timeout=600)

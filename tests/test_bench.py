@@ -162,7 +162,7 @@ def test_rate_leaves_out_the_start(monkeypatch):
 
 
 def test_every_subject_of_a_tiny_size_yields_rows():
-    rows = [*bench.steps(("align",), 1, True, **SMALL["align"]), *bench.contrast(((64, 8),), 4, 1, False), *bench.loader((16,), 128, 1)]
+    rows = [*bench.steps(("align",), 1, True, **SMALL["align"]), *bench.contrast(((64, 8),), 4, 1, False), *bench.loader(((16, 1), (16, 2)), 128, 1)]
     rows += bench.step_memory((16,), **{k: v for k, v in SMALL["align"].items() if k != "batch"})
     assert all(isinstance(what, str) and value > 0 and isinstance(goal, str) for what, value, goal in rows)
     kept = {what.split(", ")[2].split(":")[0]: value for what, value, _ in rows if what.startswith("align step, batch")}
@@ -233,6 +233,12 @@ def test_without_a_gpu_gpu_ends_with_one_line(monkeypatch, capsys):
     monkeypatch.setattr(bench, "DEVICE", torch.device("cpu"))
     code, said = run(monkeypatch, capsys, "--gpu")
     assert code == 2 and said.err.startswith("no GPU here") and said.err.count("\n") == 1 and not said.out
+
+
+def test_without_root_link_ends_with_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    code, said = run(monkeypatch, capsys, "link")
+    assert code == 2 and said.err.startswith("link joins") and said.err.count("\n") == 1 and not said.out
 
 
 def test_without_peers_peers_ends_with_one_line(monkeypatch, capsys):
