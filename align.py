@@ -6,7 +6,8 @@
 
 Read Config (what the run is), ALIGN (the model), contrastive_loss (the method), Lamb, then main.
 Departures: (1) ViT and a pre-norm text transformer stand for EfficientNet and BERT; (2) 224 px, the paper has 289; (3) byte-level BPE, the
-paper has WordPiece; (4) LAMB leaves 1-D tensors without decay and adaptation and keeps the temperature adapted: the paper does not say.
+paper has WordPiece; (4) LAMB leaves 1-D tensors without decay and adaptation and keeps the temperature adapted: the paper does not say;
+(5) the outputs of the transformers' branches start at a tenth of their usual size.
 
 Dimension key: B pairs of this rank, G = B * ranks, N patches, L text tokens, D image width = E joint embedding.
 """
@@ -74,10 +75,10 @@ class Config:
     timeout: int = 600           # seconds a rank waits for the others
 
 
-# The built-in world on two CPU cores. From temperature 1.0 a short run would spend its time on the way to 0.05. Neither crops nor flips: the
+# The built-in world on two CPU cores. From temperature 1.0 a short run would spend its time on the way down. Neither crops nor flips: the
 # scenes vary enough by themselves, and their captions say left and right.
 DEMO = dict(image_size=48, patch=8, dim=128, depth=3, heads=4, text_dim=64, text_depth=2, text_heads=2, context=16, vocab_size=512, flip=False,
-            resize=1.0, temperature=0.05, batch=256, steps=620, lr=8e-3, warmup=40, save_every=200)
+            resize=1.0, temperature=0.07, batch=128, steps=640, lr=3e-3, warmup=40, save_every=200)
 
 
 class ALIGN(nn.Module):
@@ -90,6 +91,9 @@ class ALIGN(nn.Module):
         self.text_proj = nn.Linear(cfg.text_dim, cfg.dim)
         self.temperature = nn.Parameter(torch.tensor(cfg.temperature))
         common.init_weights(self.text_proj)
+        for block in [*self.vision.blocks, *self.text.blocks]:                                   # ours: branches start at a tenth, as in CaiT
+            for out in (block.attn.proj, block.mlp.fc2):     # (arXiv 2103.17239): LAMB's steps are shares of a weight, too small to shrink it soon
+                out.weight.data *= 0.1
         self.vision.recompute = self.text.recompute = cfg.grad_checkpoint
 
     def encode_image(self, images):                          # (B, 3, S, S) -> (B, E) unit

@@ -241,6 +241,13 @@ def test_class_token_is_optional(tiny):
     assert "vision.cls_token" not in bare.state_dict() and bare.encode_image(torch.zeros(1, 3, 16, 16)).shape == (1, 16)
 
 
+def test_the_branches_of_both_towers_start_at_a_tenth_of_xaviers_size(model):
+    for block in (*model.vision.blocks, *model.text.blocks):
+        sizes = {name: w.abs().max() / math.sqrt(6 / sum(w.shape)) for name, w in block.named_parameters() if w.ndim == 2}
+        assert {name: round(size.item(), 1) for name, size in sizes.items()} == {"attn.qkv.weight": 1, "attn.proj.weight": 0.1, "mlp.fc1.weight": 1,
+                                                                                "mlp.fc2.weight": 0.1}
+
+
 def test_64_pairs_are_overfit_to_the_floor_of_the_smoothed_loss(tiny):
     """Loss near 2 H(target), every caption finds its image; the temperature has fallen from 1 on the way."""
     torch.manual_seed(0)
