@@ -208,13 +208,14 @@ def test_quality_stops_the_clock_while_it_is_judged(monkeypatch):
 
     def judge(*_):
         clock[0] += 100
-        return {"zeroshot_seen": next(scores)}
+        return [("zeroshot_seen", next(scores), 896), ("zeroshot_unseen", 0.99, 128)]
 
     def train(cfg):
         for _ in range(4):
             clock[0] += 5
             bench.evaluation.evaluate(None, None, cfg, None)
-    monkeypatch.setattr(bench.evaluation, "evaluate", judge)
+    monkeypatch.setattr(bench.evaluation, "zeroshot", judge)
+    monkeypatch.setattr(data, "expand", lambda *_: [])
     monkeypatch.setattr(align, "main", train)
     monkeypatch.setattr(data, "make_world", lambda root: root)
     monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
