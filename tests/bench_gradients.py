@@ -44,7 +44,7 @@ def _averaging_rank(rank, port, repeats, results, namespaces=None):
     images, tokens = torch.randint(0, 256, (32, 3, 48, 48), dtype=torch.uint8, device=device), torch.randint(8, 500, (32, 16), device=device)
     vit = ViT(224, 16, 384, 12, 6).to(device)
     for name, model, loss in (("ALIGN demo, 32 pairs", demo, lambda: sum(x.sum() for x in demo(images, tokens, tokens > 0))),
-                              ("ViT-S/16, 2 images", vit, lambda: vit(torch.ones(2, 3, 224, 224, device=device)).square().mean())):
+                              ("ViT-S/16, 6 images", vit, lambda: vit(torch.ones(6, 3, 224, 224, device=device)).square().mean())):
         def timed(work):                                     # together with the other rank
             dist.barrier()
             began = time.perf_counter()
