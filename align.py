@@ -91,8 +91,9 @@ class ALIGN(nn.Module):
         self.text_proj = nn.Linear(cfg.text_dim, cfg.dim)
         self.temperature = nn.Parameter(torch.tensor(cfg.temperature))
         common.init_weights(self.text_proj)
-        for block in [*self.vision.blocks, *self.text.blocks]:                                   # ours: branches start at a tenth, as in CaiT
-            for out in (block.attn.proj, block.mlp.fc2):     # (arXiv 2103.17239): LAMB's steps are shares of a weight, too small to shrink it soon
+        # Ours: the branches start at a tenth, as CaiT's scales do (arXiv 2103.17239). LAMB's steps are shares of a weight and shrink it slowly.
+        for block in [*self.vision.blocks, *self.text.blocks]:
+            for out in (block.attn.proj, block.mlp.fc2):
                 out.weight.data *= 0.1
         self.vision.recompute = self.text.recompute = cfg.grad_checkpoint
 

@@ -366,12 +366,14 @@ def reduce_scatter(x):
 
 def in_turn(x):
     """The rows (B, ...) of every rank, one rank after another, so that never all are in memory; each stands only until the next is asked for."""
-    own = x.detach().contiguous()
+    if world() == 1:
+        yield x
+        return
+    own = x.contiguous()
     other = torch.empty_like(own)
     for r in range(world()):
         part = own if r == rank() else other
-        if world() > 1:
-            dist.broadcast(part, r)
+        dist.broadcast(part, r)
         yield part
 
 

@@ -429,7 +429,7 @@ class Sample:
 def planes(image, flip=False):
     """An RGB image, mirrored or not -> uint8 (3, H, W), read-only: a view of rows of triples, an order that np.stack keeps, so no byte is moved."""
     if flip:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        image = ImageOps.mirror(image)
     return np.frombuffer(image.tobytes(), np.uint8).reshape(image.height, image.width, 3).transpose(2, 0, 1)
 
 

@@ -564,17 +564,17 @@ def loader(sizes=((96, 1), (224, 1), (224, 3)), images=1024, repeats=3):
         raws = list(filter(None, (index[i].image_bytes() for i in range(images))))
         width = statistics.median(Image.open(io.BytesIO(raw)).width for raw in raws)
         for n in sorted({0, 1, cores}):
-            rates = collections.defaultdict(list)
-            with multiprocessing.Pool(max(1, n), keep, (raws, size)) as pool:
+            rates, peers = collections.defaultdict(list), max(1, n)
+            with multiprocessing.Pool(peers, keep, (raws, size)) as pool:
                 for turn in range(repeats + 1):
                     began = time.perf_counter()
-                    pool.map(bare, [(i, max(1, n)) for i in range(max(1, n))], chunksize=1)
+                    pool.map(bare, [(i, peers) for i in range(peers)], chunksize=1)
                     alone = len(raws) / (time.perf_counter() - began)
                     ours = rate(of_loader(index, size, 32, n, images), 2 * n)
                     rates["alone"] += [alone] * (turn > 0)
                     rates["ours"] += [ours] * (turn > 0)
             ours, alone = (statistics.median(rates[who]) for who in ("ours", "alone"))
-            yield (f"loader, {n} worker(s), {kind} pairs, {width:.0f} px wide, to {size} px ({ours:.0f} images/s) / Pillow alone in {max(1, n)} "
+            yield (f"loader, {n} worker(s), {kind} pairs, {width:.0f} px wide, to {size} px ({ours:.0f} images/s) / Pillow alone in {peers} "
                    "process(es)", ours / alone, ">= 0.90" if n else "-")
 
 
@@ -623,8 +623,7 @@ def quality(share=0.8):
         full = data.make_world(root=folder)
         began = time.perf_counter()
         with mock.patch.object(evaluation, "evaluate", evaluate), mock.patch.object(align, "draw"), contextlib.suppress(Done):
-            align.main(align.Config(**{**align.DEMO, "data": [f"{full}/pairs"], "val": [f"{full}/pairs", f"{full}/labels"],
-                                       "out": f"{folder}/quality", "eval_every": 20, "fresh": True}))
+            align.main(align.Config(**{**align.DEMO, "data": [f"{full}/pairs"], "out": f"{folder}/quality", "eval_every": 20, "fresh": True}))
     yield f"align demo, seconds until {share:.0%} zero-shot on seen pairs ({len(spent)} evaluations not counted)", *(reached or [math.inf]), "half"
 
 

@@ -772,7 +772,7 @@ def test_ten_million_samples_are_planned_without_listing_them():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 5e6                                        # bytes; the epoch would be 80 MB
-    order = drawing(1, 5, 7).permutation(10_000)                             # position 5,001,234 is the 1,235th of window 1250
+    order = drawing(1, 5, 7).permutation(10_000)                       # position 5,001,234 is the 1,235th of window 1250
     ids = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in order[5000:5004]])
     drawing(2, 5, 7, 1250).shuffle(ids)
     assert got == ids[1234]

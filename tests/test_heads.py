@@ -459,8 +459,9 @@ def test_a_frozen_encoder_stays_and_another_learns(frozen, tiny_world, monkeypat
 def test_a_head_learns_shapes_that_its_baselines_do_not(tiny_world, tmp_path, monkeypatch):
     paths, trained = world_of(tiny_world), E.trained
     monkeypatch.setattr(E, "trained", lambda *args: itertools.islice(trained(*args), 1))     # without the second baseline
-    found = values(E.segment(Alone(), None, paths, CFG, CPU, None, how=replace(SHORT, epochs=60, lr=5e-3, drop_path=0, out=str(tmp_path))))
-    assert found["miou"] > 2 * found["miou_majority"]
+    torch.manual_seed(1)
+    found = values(E.segment(Alone(), None, paths, CFG, CPU, None, how=replace(SHORT, epochs=60, lr=5e-3, drop_path=0, seed=1, out=str(tmp_path))))
+    assert found["miou"] > 3 * found["miou_majority"]
 
 
 def test_shots_and_percent_take_their_share_of_each_class(tiny_world):
