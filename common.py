@@ -274,7 +274,7 @@ def print0(*args):
         sys.stdout.flush()
 
 
-_store, _turns, _own = None, 0, None                         # _own: group in which gradients travel while backward runs
+_store, _turns, _own, _refused = None, 0, None, False        # _own: group in which gradients travel in backward; _refused: no room for the last save
 
 
 def join(timeout=600):
@@ -333,6 +333,11 @@ def rank0_first(make):
     return made
 
 
+def cores():                                                 # CPU cores of this rank; a batch system may have lent a part of the machine
+    lent = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, lent // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def to_device(x, device):
     """A CPU tensor on its way to the device. From pinned memory: else the host may wait until the device has done all that it was given before."""
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
@@ -366,14 +371,12 @@ def reduce_scatter(x):
 
 def in_turn(x):
     """The rows (B, ...) of every rank, one rank after another, so that never all are in memory; each stands only until the next is asked for."""
-    if world() == 1:
-        yield x
-        return
     own = x.contiguous()
-    other = torch.empty_like(own)
+    other = torch.empty_like(own) if world() > 1 else None
     for r in range(world()):
         part = own if r == rank() else other
-        dist.broadcast(part, r)
+        if world() > 1:
+            dist.broadcast(part, r)
         yield part
 
 
@@ -461,8 +464,7 @@ def partner(x, block):
 
 def row_noise(cfg, step, *shape):
     """Uniform noise (B, *shape) for this rank's rows of step `step`: drawn for the whole global batch, so rows keep theirs on any number of ranks."""
-    table = torch.rand(cfg.batch, *shape, generator=generator(cfg.seed, step))
-    return table.chunk(world())[rank()]
+    return torch.rand(cfg.batch, *shape, generator=generator(cfg.seed, step)).chunk(world())[rank()]
 
 
 # ---- precision and schedule ----
@@ -476,8 +478,7 @@ def fast_bf16(device):
 def autocast(cfg, device):
     if cfg.precision not in ("auto", "bf16", "fp32"):
         raise UserError(f"--precision {cfg.precision}: choose auto, bf16 or fp32")
-    on = cfg.precision == "bf16" or cfg.precision == "auto" and fast_bf16(device)
-    return torch.autocast(device.type, torch.bfloat16, enabled=on)
+    return torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16" or cfg.precision == "auto" and fast_bf16(device))
 
 
 def compiled(module, cfg, device):
@@ -532,10 +533,10 @@ def parse(Config, demo, doc="", argv=None):
 
 
 def guard(main):
-    """Entry point of every script: run main() and turn a UserError into its one line and exit code 2."""
-    code = 0
+    """Entry point of every script: run main() and turn a UserError into its one line and exit code 2; 1 tells of a last checkpoint not written."""
     try:
         main()
+        code = int(_refused)
     except UserError as error:
         time.sleep(2 * (rank() > 0))                         # the same mistake on every rank is told once: rank 0's exit ends the others
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -566,6 +567,7 @@ def read_checkpoint(path):
 
 def save(cfg, model, opt, step, vocab, log):
     """Rank 0 writes out/last.pt; the one before becomes prev.pt. At every moment one of the two is whole."""
+    global _refused
     if rank():
         log.saved = step
         return
@@ -587,18 +589,18 @@ def save(cfg, model, opt, step, vocab, log):
         with contextlib.suppress(OSError):
             os.remove(tmp)
         print0(f"warning: checkpoint of step {step} was not written ({str(error).partition(chr(10))[0]}); the one before is kept, "
-               "the next save tries again")
+               "the next save tries again, and without a next one the exit code is 1")
+        _refused = True
     else:
-        log.saved = step
+        log.saved, _refused = step, False
 
 
 def resume(cfg, method):
     """State dict to go on from, or None for a new run. Refuses another method or another recipe; falls back to prev.pt."""
     if cfg.fresh and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
-        for name in ("last.pt", "prev.pt"):
+        for name in ("last.pt", "prev.pt") * (rank() == 0):
             with contextlib.suppress(FileNotFoundError):
-                if rank() == 0:
-                    os.remove(os.path.join(cfg.out, name))
+                os.remove(os.path.join(cfg.out, name))
         return None
     state, problems = None, []
     for name in ("last.pt", "prev.pt"):

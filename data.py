@@ -594,8 +594,7 @@ def _begin_worker(_):
 class Loader:
     """Iterator over Batches from step `first` on, made in order by --workers processes (0: in this one), a few ahead."""
     def __init__(self, batches, first, cfg, device):
-        cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        workers = cfg.workers if cfg.workers is not None else max(1, min(16, cores - 1))
+        workers = cfg.workers if cfg.workers is not None else max(1, min(16, common.cores() - 1))
         ahead = {"prefetch_factor": 2, "worker_init_fn": _begin_worker} if workers else {}
         loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(first, cfg.steps), num_workers=workers,
                                              pin_memory=device.type == "cuda", **ahead)

@@ -652,7 +652,7 @@ def decoded(index, numbers, wanted, view):
             return view(sample.image()), wanted(sample), i
         except data.Skip as reason:
             return str(reason)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:         # Pillow lets go of the interpreter while it decodes
+    with ThreadPoolExecutor(common.cores()) as pool:         # Pillow lets go of the interpreter while it decodes
         rows = list(pool.map(one, numbers))
     return [r for r in rows if not isinstance(r, str)], [r for r in rows if isinstance(r, str)]
 
@@ -1190,7 +1190,7 @@ class Answerer(torch.nn.Module):
 
 def ahead(batches, steps):
     """Items 0 .. steps - 1 of data.Batches, made by threads while the model computes: a process forked here, after threads have run, may hang."""
-    workers = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    workers = common.cores()
     with ThreadPoolExecutor(workers) as pool:
         waiting = collections.deque(pool.submit(batches.__getitem__, step) for step in range(min(steps, workers + 1)))
         for step in range(steps):

@@ -348,6 +348,18 @@ def test_cosine_is_at_half_half_way_and_at_three_quarters_after_a_third():
     assert lr(400, 1000, 100, "cosine") == pytest.approx(1.5)         # (1 + cos 60 degrees) / 2
 
 
+def test_a_ranks_cores_are_its_share_of_those_lent_and_never_none(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 5, 6, 7}, raising=False)
+    assert common.cores() == 6                               # not the 64 of the machine
+    for ranks, share in ((1, 6), (4, 1), (3, 2), (8, 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        assert common.cores() == share
+    monkeypatch.delattr(os, "sched_getaffinity")             # macOS
+    assert common.cores() == 8
+
+
 def test_warm_up_takes_at_most_a_tenth_of_the_run():
     assert lr(20, 200, 10_000) == 2 and lr(10, 200, 10_000) == 1
 
@@ -686,6 +698,11 @@ def test_a_full_disk_costs_a_warning_and_not_the_last_checkpoint(cfg, error, mon
     said = capsys.readouterr().out
     assert "warning" in said and "step 8" in said and str(error).splitlines()[0] in said
     assert os.listdir(cfg.out) == ["last.pt"] and log.saved == 4 and common.resume(cfg, "Tower")["step"] == 4
+    for code in (1, 0):                                      # no later save: a batch system must hear of it
+        with pytest.raises(SystemExit) as end:
+            common.guard(lambda: None)
+        assert end.value.code == code
+        written(cfg, 8, log=log)
 
 
 def test_fresh_starts_anew_but_not_after_an_elastic_restart(cfg, monkeypatch):
