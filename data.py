@@ -1402,7 +1402,7 @@ def view(sample, rng, near, size):
     return {"image": squash(sample.image(near), size, rng)}
 
 
-def bench(paths, image_size=224, workers=(0, 1, os.cpu_count()), images=2000, repeats=3):
+def bench(paths, image_size=224, workers=(0, 1, common.cores()), images=2000, repeats=3):
     """Images a second of the Loader, with ALIGN's view, beside Pillow alone, which decodes and resizes the same bytes in one process: medians of
     repeats that are taken in turn."""
     index = Index(paths)
@@ -1489,7 +1489,7 @@ def main(argv=None):
     rules.add_argument("--out", required=True)
     rules.add_argument("--against", nargs="+", default=[], metavar="SHARDS", help="evaluation sets, whose near-duplicates are dropped")
     rules.add_argument("--split", choices=SPLITS, default="train", help="the name of the shards [train]")
-    tasks.choices["bench"].add_argument("--workers", type=int, nargs="+", default=[0, 1, os.cpu_count()], help=f"[0 1 {os.cpu_count()}]")
+    tasks.choices["bench"].add_argument("--workers", type=int, nargs="+", default=[0, 1, common.cores()], help=f"[0 1 {common.cores()}]")
     for name, default, note in (("make root", "runs", ""), ("make scenes", 20000, ""), ("make documents", 4000, ""), ("make seed", 0, ""),
                                 ("make noise", 0.0, ""), ("vocab size", 32_000, "number of ids"), ("vocab out", "vocab.json", ""),
                                 ("bench image-size", 224, ""), ("bench images", 2000, ""), ("bench repeats", 3, ""),

@@ -558,7 +558,7 @@ def enlarged(index, images, times):
 def loader(sizes=((96, 1), (224, 1), (224, 3)), images=1024, repeats=3):
     """In this process and with one worker beside Pillow in one process, with as many workers as cores beside as many processes."""
     found, kind = real_pairs()
-    images, cores = min(images, len(found)), os.cpu_count()
+    images, cores = min(images, len(found)), common.cores()
     for size, times in sizes:
         index = found if times == 1 else enlarged(found, images, times)
         raws = list(filter(None, (index[i].image_bytes() for i in range(images))))
