@@ -1,73 +1,120 @@
-"""What several scripts share and no paper has an opinion on: ViT and text transformer, ranks, randomness, precision, schedule,
-command line, checkpoints, log. Nothing here knows a loss.
+"""What the five scripts share: transformers, ranks, seeds, precision, command line, checkpoints.
 
-Dimension key: B rows of this rank, W ranks, N patches, L text tokens, D width, H heads.
-Read ViT and Block (the models), then gather and averaging (what makes W ranks one run), then Log (what a step tells the others).
+Nothing here knows a loss. Reading order: ViT and Block (the models), all_gather_with_grad and
+average_gradients (what makes many ranks one run), then resume_from and Log.
+
+Dimension key: B rows of this rank, N patches, L text tokens, D width, H heads, P numbers a patch.
 """
-import argparse, collections, contextlib, dataclasses, difflib, inspect, json, math, os, re, resource, signal, sys, time, zipfile
+import argparse
+import dataclasses
+import enum
+import errno
+import fcntl
+import functools
+import hashlib
+import inspect
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+import zipfile
 from datetime import timedelta
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")          # read when torch loads OpenMP: threads that spin while they wait take the loader's core
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.rendezvous import rendezvous
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-# torch 2.13 gave these two new names and warns at every call of the old ones
-ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-SIZES = {"ti": (192, 12, 3), "s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "h": (1280, 32, 16), "g": (1536, 36, 24)}
-# Fields that a resumed run may change, and fields that must be at least 1.
-ELSEWHERE = "out data docs labels val workers log_every save_every eval_every compile micro grad_checkpoint fresh timeout dry_run".split()
-AT_LEAST_ONE = ("batch steps resize image_size patch dim heads text_dim text_heads vocab_size save_every log_every timeout max_images block "
-                "unit entries embed").split()
+# width, depth, heads of --size: ViT's ti s b l h, and 1b (1.02 billion parameters, ours)
+SIZES = {
+    "ti": (192, 12, 3),
+    "s": (384, 12, 6),
+    "b": (768, 12, 12),
+    "l": (1024, 24, 16),
+    "h": (1280, 32, 16),
+    "1b": (1536, 36, 24),
+}
 
 
 class UserError(Exception):
-    """A mistake of the person at the keyboard, told in one line: the thing, its value, the remedy. Exit code 2."""
+    """A mistake that the user can mend, as one line: what, value, remedy. Exit code 2."""
 
 
-# ---- models ----
+# ---- transformers ----
 
 def attention(q, k, v, mask=None, causal=False):
-    """Scaled dot-product attention; q, k, v (B, H, L, D/H). mask: None, bool (True = may attend), or a FlexAttention BlockMask."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:   # two matrix products: SDPA's bf16 backward on CPU is 10 to 40 times slower
-        if mask is None and causal:
-            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
-        scores = q * q.shape[-1] ** -0.5 @ k.mT
-        return (scores if mask is None else scores.masked_fill(~mask, torch.finfo(scores.dtype).min)).softmax(-1, torch.float32).to(v.dtype) @ v
+    """Scaled dot-product attention of q, k, v (B, H, L, D/H).
+
+    mask: None, a bool tensor (True = may attend), or a FlexAttention BlockMask.
+    """
     if mask is None or isinstance(mask, torch.Tensor):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None)
-    from torch.nn.attention.flex_attention import flex_attention   # its import costs a second that only packed documents need
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    from torch.nn.attention.flex_attention import flex_attention  # the import takes a second
     return flex_attention(q, k, v, block_mask=mask)
 
 
-def split_heads(x, heads):                                   # (B, L, D) -> (B, H, L, D/H)
+def split_heads(x, heads):
+    """(B, L, D) -> (B, H, L, D/H)"""
     return x.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
+def merge_heads(x):
+    """(B, H, L, D/H) -> (B, L, D)"""
+    return x.transpose(1, 2).flatten(2)
+
+
+class KVCache:
+    """Keys and values of all earlier tokens of one attention layer, for generation."""
+
+    def __init__(self):
+        self.keys = None
+        self.values = None
+
+    def append(self, keys, values):
+        """Add those of new tokens, (B, H, L, D/H) each; -> all keys, all values."""
+        if self.keys is not None:
+            keys = torch.cat([self.keys, keys], 2)
+            values = torch.cat([self.values, values], 2)
+        self.keys = keys
+        self.values = values
+        return keys, values
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention under timm's names: qkv rows are all of q, then k, then v, inside each head by head."""
+    """Multi-head self-attention under timm's names: the rows of qkv are all of q, then k, then v.
+
+    One matrix for q, k, v means one Xavier range (as MAE) and one LAMB ratio (BERT has a matrix,
+    and so a ratio, for each).
+    """
+
     def __init__(self, dim, heads):
         super().__init__()
-        if dim % heads:
-            raise UserError(f"a width (--dim ...) of {dim} does not divide into {heads} heads: try {math.gcd(dim, heads)}")
+        if heads < 1 or dim % heads:
+            remedy = f"try {math.gcd(dim, max(heads, 1))} heads"
+            raise UserError(f"a width of {dim} does not divide into {heads} heads: {remedy}")
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x, mask=None, causal=False, past=None):
-        """past: list that holds keys and values of all earlier tokens (empty at first) and takes in those of x."""
-        B, L, D = x.shape
-        q, k, v = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, 2))            # each (B, H, L, D/H)
-        if past is not None:
-            past[:] = k, v = [torch.cat(pair, 2) for pair in zip(past, (k, v))] or [k, v]
-        return self.proj(attention(q, k, v, mask, causal).transpose(1, 2).reshape(B, L, D))
+    def forward(self, x, mask=None, causal=False, kv_cache=None):  # x (B, L, D)
+        q, k, v = self.qkv(x).chunk(3, dim=2)
+        q = split_heads(q, self.heads)
+        k = split_heads(k, self.heads)
+        v = split_heads(v, self.heads)
+        if kv_cache is not None:
+            k, v = kv_cache.append(k, v)
+            if causal and q.shape[2] < k.shape[2]:
+                assert q.shape[2] == 1, "after the first call, one token at a time"
+                causal = False  # the newest token sees all
+        return self.proj(merge_heads(attention(q, k, v, mask, causal)))
 
 
 class Mlp(nn.Module):
@@ -82,6 +129,7 @@ class Mlp(nn.Module):
 
 class Block(nn.Module):
     """Pre-norm transformer block (ViT, arXiv 2010.11929, Eq. 2-3)."""
+
     def __init__(self, dim, heads, mlp_ratio=4):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
@@ -89,50 +137,64 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(mlp_ratio * dim))
 
-    def forward(self, x, mask=None, causal=False, past=None):    # x (B, L, D)
-        x = x + self.attn(self.norm1(x), mask, causal, past)
+    def forward(self, x, mask=None, causal=False, kv_cache=None):  # x (B, L, D)
+        x = x + self.attn(self.norm1(x), mask, causal, kv_cache)
         return x + self.mlp(self.norm2(x))
 
 
 class CrossAttention(nn.Module):
-    """Queries from one sequence, keys and values from another, whose width may differ."""
-    def __init__(self, dim, memory_dim, heads):
+    """Queries from one sequence; keys and values from another, whose width may differ."""
+
+    def __init__(self, dim, context_dim, heads):
         super().__init__()
         self.heads = heads
         self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(memory_dim, 2 * dim)
+        self.kv = nn.Linear(context_dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def memory(self, latent):                                # (B, N, memory_dim) -> keys and values (B, H, N, D/H)
-        return [split_heads(part, self.heads) for part in self.kv(latent).chunk(2, 2)]
+    def keys_values(self, context):
+        """(B, N, context_dim) -> keys, values (B, H, N, D/H): made once for a whole generation."""
+        k, v = self.kv(context).chunk(2, dim=2)
+        return split_heads(k, self.heads), split_heads(v, self.heads)
 
-    def forward(self, x, memory):
-        return self.proj(attention(split_heads(self.q(x), self.heads), *memory).transpose(1, 2).flatten(2))
+    def forward(self, x, image_kv):  # x (B, L, D)
+        k, v = image_kv
+        return self.proj(merge_heads(attention(split_heads(self.q(x), self.heads), k, v)))
 
 
 class CrossBlock(nn.Module):
-    """Self-attention, cross-attention to another sequence (an image's tokens), MLP; pre-norm."""
-    def __init__(self, dim, memory_dim, heads):
-        super().__init__()
-        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim, eps=1e-6) for _ in range(3))
-        self.attn, self.cross, self.mlp = Attention(dim, heads), CrossAttention(dim, memory_dim, heads), Mlp(dim, 4 * dim)
+    """Self-attention, cross-attention to an image's tokens, MLP; pre-norm."""
 
-    def forward(self, x, latent, mask=None, causal=False, memory=None, past=None):
-        """x (B, L, D), latent (B, N, memory_dim). memory: self.cross.memory(latent) made before; mask, causal, past: see Attention."""
-        x = x + self.attn(self.norm1(x), mask, causal, past)
-        x = x + self.cross(self.norm2(x), memory or self.cross.memory(latent))
+    def __init__(self, dim, context_dim, heads):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm3 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.cross = CrossAttention(dim, context_dim, heads)
+        self.mlp = Mlp(dim, 4 * dim)
+
+    def forward(self, x, context=None, mask=None, causal=False, image_kv=None, kv_cache=None):
+        """x (B, L, D); context (B, N, context_dim), or image_kv = cross.keys_values(context)."""
+        if image_kv is None:
+            image_kv = self.cross.keys_values(context)
+        x = x + self.attn(self.norm1(x), mask, causal, kv_cache)
+        x = x + self.cross(self.norm2(x), image_kv)
         return x + self.mlp(self.norm3(x))
 
 
-def run_blocks(blocks, x, *args, recompute=False, past=None):
-    """x through the blocks. recompute: each anew in backward. past: one list of keys and values for each block (see Attention)."""
-    for block, seen in zip(blocks, past or [None] * len(blocks)):
-        x = checkpoint(block, x, *args, use_reentrant=False) if recompute and x.requires_grad else block(x, *args, past=seen)
+def run_blocks(blocks, x, *args, grad_checkpoint=False):
+    """x through the blocks; grad_checkpoint: each is run again in backward, which saves memory."""
+    for block in blocks:
+        if grad_checkpoint and torch.is_grad_enabled():
+            x = checkpoint(block, x, *args, use_reentrant=False)
+        else:
+            x = block(x, *args)
     return x
 
 
 def init_weights(module):
-    """Xavier-uniform matrices (MAE, and ViT's own code), which suits any width; embeddings truncated normal 0.02 (BERT); zero biases."""
+    """Xavier-uniform matrices (MAE), embeddings truncated normal 0.02 (BERT), biases zero."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
@@ -141,75 +203,104 @@ def init_weights(module):
         nn.init.trunc_normal_(module.weight, std=0.02)
 
 
-def sincos(grid, dim):
-    """Fixed 2-D sine-cosine positions (grid * grid, dim), as MAE stores them: the first half of the width tells the column, the second the row."""
+def sincos_positions(grid, dim):
+    """Fixed 2-D positions (grid * grid, dim): half for the column, half for the row (MAE)."""
     if dim % 4:
-        raise UserError(f"a width (--dim ...) of {dim} is no multiple of 4, as sine-cosine positions need: try {-(-dim // 4) * 4}")
+        raise UserError(f"a width of {dim} is no multiple of 4, as sine-cosine positions need")
     omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
-    angle = torch.arange(grid, dtype=torch.float64)[:, None] * omega                             # (grid, dim/4)
-    table = torch.cat([angle.sin(), angle.cos()], 1)                                             # (grid, dim/2)
-    return torch.cat([table.repeat(grid, 1), table.repeat_interleave(grid, 0)], 1).float()
+    angle = torch.arange(grid, dtype=torch.float64)[:, None] * omega  # (grid, dim/4)
+    table = torch.cat([angle.sin(), angle.cos()], 1)  # (grid, dim/2)
+    column = table.repeat(grid, 1)
+    row = table.repeat_interleave(grid, 0)
+    return torch.cat([column, row], 1).float()
 
 
 class ViT(nn.Module):
-    """Vision transformer whose names, shapes and numerics are timm's vit_*_patch*_224 without head, so weights travel both ways.
+    """Vision transformer whose names, shapes and numerics are timm's vit_*_patch* without head.
 
-    images (B, 3, S, S): uint8, normalised here on the device, or float, taken as already normalised.
+    images (B, 3, S, S): uint8, normalized here on the device, or float, taken as normalized.
     """
-    def __init__(self, image_size, patch, dim, depth, heads, mlp_ratio=4, cls=True, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), fixed=False):
+
+    def __init__(self, image_size, patch, dim, depth, heads, mlp_ratio=4, cls=True,
+                 mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), sincos_pos=False,
+                 grad_checkpoint=False):
         super().__init__()
         if image_size % patch:
-            raise UserError(f"--image-size {image_size} is not divisible by --patch {patch}: try {image_size // patch * patch or patch}")
-        self.patch, self.grid, self.recompute = patch, image_size // patch, False
+            nearest = max(image_size // patch, 1) * patch
+            raise UserError(f"--image-size {image_size} is not divisible by --patch {patch}: "
+                            f"try {nearest}")
+        self.image_size = image_size
+        self.patch = patch
+        self.grid = image_size // patch
+        self.grad_checkpoint = grad_checkpoint
         self.patch_embed = nn.Module()
-        self.patch_embed.proj = nn.Conv2d(3, dim, patch, patch)   # holds weights in timm's shape; forward uses them as a matrix
+        self.patch_embed.proj = nn.Conv2d(3, dim, patch, patch)  # timm's shape; used as a matrix
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if cls else None
-        self.pos_embed = nn.Parameter(torch.zeros(1, cls + self.grid ** 2, dim), requires_grad=not fixed)
+        positions = torch.zeros(1, self.grid**2 + int(cls), dim)
+        self.pos_embed = nn.Parameter(positions, requires_grad=not sincos_pos)
         self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
         self.apply(init_weights)
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(dim, -1))                      # MAE: as a linear layer
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(dim, -1))  # MAE: as a matrix
         nn.init.zeros_(self.patch_embed.proj.bias)
-        for table in [self.pos_embed] + [self.cls_token] * cls:
-            nn.init.trunc_normal_(table, std=0.02)
-        if fixed:
-            self.pos_embed.data = F.pad(sincos(self.grid, dim), (0, 0, int(cls), 0))[None]       # the class token's row is zero
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        if cls:
+            nn.init.trunc_normal_(self.cls_token, std=0.02)
+        if sincos_pos:  # the class token's position is zero (MAE)
+            table = F.pad(sincos_positions(self.grid, dim), (0, 0, int(cls), 0))
+            self.pos_embed.data = table[None]
 
-    def patches(self, images):
-        """(B, 3, S, S) -> (B, N, 3 * patch^2), row by row, each in the order (channel, y, x) of the convolution's weight."""
+    def patchify(self, images):
+        """(B, 3, S, S) -> normalized (B, N, P), P in the order (channel, y, x) of the weight."""
         if not images.is_floating_point():
-            images = images.to(self.mean.dtype).div_(255).sub_(self.mean).div_(self.std)
-        B, p, g = len(images), self.patch, self.grid
-        return images.view(B, 3, g, p, g, p).permute(0, 2, 4, 1, 3, 5).reshape(B, g * g, 3 * p * p)
+            images = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
+        g, p = self.grid, self.patch
+        patches = images.view(-1, 3, g, p, g, p).permute(0, 2, 4, 1, 3, 5)
+        return patches.reshape(-1, g * g, 3 * p * p)
 
-    def forward(self, images, ids_keep=None, tap=None, upto=None):
-        """Tokens (B, [1+]N, D) after the final norm. images: see the class, or their patches as patches() makes them. ids_keep (B, K): only these
-        patches enter. tap=k: also the tokens after k blocks, not normalised. upto=k: stop after k blocks and return those alone."""
-        x, position = images if images.ndim == 3 else self.patches(images), self.pos_embed[:, self.pos_embed.shape[1] - self.grid ** 2:]
-        if ids_keep is not None:                                                                 # dropped before anything is computed on them
+    def embed(self, images, ids_keep=None):
+        """Tokens (B, [1+]N, D) that enter the first block. ids_keep (B, K): only these patches."""
+        x = self.patchify(images)
+        position = self.pos_embed[:, -self.grid**2:]
+        if ids_keep is not None:
             x = x.gather(1, ids_keep[..., None].expand(-1, -1, x.shape[2]))
-            position = F.embedding(ids_keep, position[0])    # position[0][ids_keep], whose gradient on the CPU depends on its threads
-        x = F.linear(x, self.patch_embed.proj.weight.flatten(1), self.patch_embed.proj.bias) + position
+            # position[0][ids_keep], whose gradient would be summed in no fixed order
+            position = F.embedding(ids_keep, position[0])
+        # a strided convolution is slow on the CPU; this is the same product
+        x = F.linear(x, self.patch_embed.proj.weight.flatten(1), self.patch_embed.proj.bias)
+        x = x + position
         if self.cls_token is not None:
-            x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1).to(x.dtype), x], 1)
-        k = upto if upto is not None else tap if tap is not None else len(self.blocks)
-        tapped = run_blocks(self.blocks[:k], x, recompute=self.recompute)
-        if upto is not None:
-            return tapped
-        x = self.norm(run_blocks(self.blocks[k:], tapped, recompute=self.recompute))
-        return x if tap is None else (x, tapped)
+            cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+            x = torch.cat([cls.to(x.dtype), x], 1)
+        return x
 
-    def patch_tokens(self, images):                          # (B, 3, S, S) -> (B, N, D), after the final norm, without the class token
-        return self(images)[:, self.cls_token is not None:]
+    def forward(self, images, ids_keep=None):
+        """Tokens (B, [1+]N, D) after the final norm. ids_keep (B, K): only these patches enter."""
+        return self.blocks_from(self.embed(images, ids_keep), 0)
+
+    def blocks_until(self, images, k):
+        """Tokens (B, [1+]N, D) after the first k blocks, before any final norm."""
+        return run_blocks(self.blocks[:k], self.embed(images), grad_checkpoint=self.grad_checkpoint)
+
+    def blocks_from(self, x, k):
+        """The other blocks and the final norm, for x = blocks_until(images, k)."""
+        return self.norm(run_blocks(self.blocks[k:], x, grad_checkpoint=self.grad_checkpoint))
+
+    def patch_tokens(self, images):
+        """(B, 3, S, S) -> (B, N, D) after the final norm, without the class token."""
+        return self(images)[:, -self.grid**2:]
 
 
 class TextTransformer(nn.Module):
-    """Token and learned position embeddings, pre-norm blocks, final norm. causal: a token sees only itself and what came before."""
-    def __init__(self, vocab, length, dim, depth, heads, causal):
+    """Token and learned position embeddings, pre-norm blocks, final norm."""
+
+    def __init__(self, vocab, length, dim, depth, heads, causal, grad_checkpoint=False):
         super().__init__()
-        self.causal, self.recompute = causal, False
+        self.causal = causal
+        self.grad_checkpoint = grad_checkpoint
         self.token_embed = nn.Embedding(vocab, dim)
         self.pos_embed = nn.Parameter(torch.zeros(length, dim))
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
@@ -217,45 +308,76 @@ class TextTransformer(nn.Module):
         self.apply(init_weights)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
-    def forward(self, tokens, valid=None, at=0, past=None):
-        """tokens, valid (B, L) -> (B, L, D). valid: True on text, False on the padding behind it; causal needs none, as padding comes last.
-        past (causal only): lists as run_blocks takes them; then tokens is (B, 1), the one at position `at`."""
-        x = self.token_embed(tokens) + self.pos_embed[at:at + tokens.shape[1]]
+    def forward(self, tokens, valid=None):
+        """tokens, valid (B, L) -> (B, L, D). valid: True on text, False on the padding after it.
+
+        Causal attention needs no `valid`: padding comes last, so no text token sees it.
+        """
+        x = self.token_embed(tokens) + self.pos_embed[:tokens.shape[1]]
         mask = None if self.causal else valid[:, None, None, :]
-        return self.norm(run_blocks(self.blocks, x, mask, self.causal and past is None, recompute=self.recompute, past=past))
+        x = run_blocks(self.blocks, x, mask, self.causal, grad_checkpoint=self.grad_checkpoint)
+        return self.norm(x)
+
+    def forward_cached(self, tokens, start, kv_caches):
+        """Causal only: tokens (B, L) at positions start, start + 1, ... -> (B, L, D)."""
+        x = self.token_embed(tokens) + self.pos_embed[start:start + tokens.shape[1]]
+        for block, kv_cache in zip(self.blocks, kv_caches):
+            x = block(x, causal=True, kv_cache=kv_cache)
+        return self.norm(x)
 
 
-def adamw(model, cfg, betas, eps=1e-8):
-    """AdamW with decay on matrices and longer shapes only (MAE: biases, gains and other 1-D parameters have none)."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    wide, thin = [p for p in params if p.ndim >= 2], [p for p in params if p.ndim < 2]
-    return torch.optim.AdamW([{"params": wide, "weight_decay": cfg.wd}, {"params": thin, "weight_decay": 0.0}], betas=betas, eps=eps, fused=True)
+def at_least_float32(x):
+    """bfloat16, which autocast makes, becomes float32; float32 and float64 stay."""
+    return x.float() if x.dtype == torch.bfloat16 else x
 
 
-def unit(x):
-    """x / |x| along the last dimension, in float32 at least."""
-    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+def l2_normalize(x):
+    """x / |x| along the last dimension, not in bfloat16."""
+    return F.normalize(at_least_float32(x), dim=-1)
 
 
-def normalised(patches):
-    """MAE's targets: each patch's values (..., P) less their mean, over their deviation (unbiased), and both. Needs float32: bfloat16 fails on flat
-    patches."""
+def normalize_patches(patches):
+    """MAE's targets (..., P): each patch minus its mean, over its deviation; -> them, mean, std.
+
+    The variance is unbiased. Needs float32: in bfloat16 flat patches fail.
+    """
     mean = patches.mean(-1, keepdim=True)
-    centred = patches - mean
-    std = (centred.square().sum(-1, keepdim=True) / (patches.shape[-1] - 1) + 1e-6).sqrt()       # patches.var takes four times as long on the CPU
-    return centred / std, mean, std
+    centered = patches - mean
+    variance = centered.square().sum(-1, keepdim=True) / (patches.shape[-1] - 1)
+    std = (variance + 1e-6).sqrt()
+    return centered / std, mean, std
 
 
-def at_end(states, valid):                                   # (B, L, D), (B, L) with padding last -> (B, D): each row's last valid state
-    return states.gather(1, (valid.sum(1) - 1)[:, None, None].expand(-1, 1, states.shape[2]))[:, 0]
+def last_token(hidden_states, valid):
+    """(B, L, D), (B, L) with padding last -> (B, D): the state of each row's last valid token."""
+    last = valid.sum(1) - 1
+    index = last[:, None, None].expand(-1, 1, hidden_states.shape[2])
+    return hidden_states.gather(1, index)[:, 0]
 
 
-def in_chunks(fn, micro, *rows):
-    """fn(*rows) -> a tensor or a tuple of them, a row for each input row; `micro` rows at a time, recomputed in backward: less memory."""
+def checkpointed_chunks(fn, micro, *rows):
+    """fn(*rows), `micro` rows at a time, recomputed in backward: less memory. 0: all at once.
+
+    fn gives a tensor, or a tuple of tensors, with a row for each input row.
+    """
     if not micro or micro >= len(rows[0]):
         return fn(*rows)
-    parts = [checkpoint(fn, *chunk, use_reentrant=False) for chunk in zip(*(r.split(micro) for r in rows))]
-    return torch.cat(parts) if isinstance(parts[0], torch.Tensor) else tuple(torch.cat(column) for column in zip(*parts))
+    chunks = zip(*[row.split(micro) for row in rows])
+    results = [checkpoint(fn, *chunk, use_reentrant=False) for chunk in chunks]
+    if isinstance(results[0], torch.Tensor):
+        return torch.cat(results)
+    return tuple(torch.cat(parts) for parts in zip(*results))
+
+
+def adamw(model, wd, betas, eps=1e-8):
+    """AdamW that decays matrices and larger shapes only (MAE: not biases, gains, other vectors)."""
+    decay = []
+    no_decay = []
+    for p in model.parameters():
+        if p.requires_grad:
+            (decay if p.ndim >= 2 else no_decay).append(p)
+    groups = [{"params": decay, "weight_decay": wd}, {"params": no_decay, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
 
 
 # ---- ranks ----
@@ -264,283 +386,346 @@ def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world():
+def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def print0(*args):
+    """print on rank 0, above the progress bar."""
     if rank() == 0:
         tqdm.write(" ".join(map(str, args)), file=sys.stdout)
         sys.stdout.flush()
 
 
-_store, _turns, _own, _refused = None, 0, None, False        # _own: group in which gradients travel in backward; _refused: no room for the last save
+def init_distributed():
+    """Join the ranks that torchrun started, once per process; -> this rank's device.
 
-
-def join(timeout=600):
-    """Enter the process group that torchrun announces (once per process). Returns this rank's device."""
-    global _store, _own
+    One machine:  torchrun --standalone --nproc_per_node 8 mug.py ...
+    Several:      torchrun --nnodes N --node_rank K --master_addr HOST --nproc_per_node 8 mug.py ...
+    Slurm:        srun --ntasks-per-node 1 bash -c 'torchrun --nnodes $SLURM_NNODES
+                  --node_rank $SLURM_NODEID --master_addr HOST --nproc_per_node 8 mug.py ...'
+    """
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        _store, r, w = next(rendezvous("env://"))
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":                             # torchrun's own: it outlives --max-restarts
-            _store = dist.PrefixStore(f"attempt{os.environ['TORCHELASTIC_RESTART_COUNT']}", _store)
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"   # evaluation gathers on the CPU
-        dist.init_process_group(backend, store=dist.PrefixStore("group", _store), rank=r, world_size=w, timeout=timedelta(seconds=timeout))
-        # Backward has collectives of its own: in one group with the gradients, ranks that come to these in another order would mix them up. nccl
-        # wants one order over groups as well, which holds as the graphs of the five scripts depend on flags and step, not on a rank's rows.
-        _own = dist.new_group(timeout=timedelta(seconds=timeout))
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+            if name not in os.environ:
+                raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set and {name} is not: "
+                                "start with torchrun, or unset WORLD_SIZE")
+        # two hours: while rank 0 indexes large data for the first time, the others wait
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
+    if not cuda:
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
     return device
 
 
-def check_rows(cfg):
-    """Do the rows of the global batch divide into ranks, a rank's into --micro chunks and whole blocks?"""
-    if cfg.batch % world():
-        raise UserError(f"--batch {cfg.batch} is the global batch and does not divide into {world()} ranks: try {-(-cfg.batch // world()) * world()}")
-    rows = cfg.batch // world()
-    if cfg.micro and rows % cfg.micro:
-        raise UserError(f"--micro {cfg.micro} does not divide the {rows} rows of a rank")
-    if (block := getattr(cfg, "block", None)) and (block % 2 or rows % block):
-        raise UserError(f"--block {block} must be even, so that nobody is his own partner, and divide the {rows} rows of a rank")
+def on_main_process(fn):
+    """fn() on rank 0 while the others wait; -> its result there, None on them.
 
-
-def start(cfg):
-    """Check what concerns ranks, join them, make out/, seed. Returns the device."""
-    device = join(cfg.timeout)
-    check_rows(cfg)
-    try:
-        os.makedirs(cfg.out, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {cfg.out} cannot be a folder ({error}): choose another") from None
-    torch.manual_seed(cfg.seed)                              # the same initial weights on every rank: nothing broadcasts them later
-    return device
-
-
-def rank0_first(make):
-    """Rank 0 runs make() while the others wait on the store, where no collective's timeout applies; then they run it and find it done."""
-    global _turns
-    if _store is None:
-        return make()
-    _turns += 1
-    if rank() > 0:
-        _store.wait([f"turn{_turns}"], timedelta(days=7))
-    made = make()
+    A UserError of rank 0 is raised on all ranks.
+    """
+    result = None
+    problem = [None]
     if rank() == 0:
-        _store.set(f"turn{_turns}", "done")
-    return made
+        try:
+            result = fn()
+        except UserError as error:
+            problem = [str(error)]
+    if world_size() > 1:
+        dist.broadcast_object_list(problem, src=0, device=torch.device("cpu"))
+    if problem[0] is not None:
+        raise UserError(problem[0])
+    return result
 
 
-def cores():                                                 # CPU cores of this rank; a batch system may have lent a part of the machine
-    lent = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, lent // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
-def to_device(x, device):
-    """A CPU tensor on its way to the device. From pinned memory: else the host may wait until the device has done all that it was given before."""
-    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+def main_process_first(make):
+    """make() on rank 0, then on the others, which find the files that it left."""
+    result = on_main_process(make)
+    return result if rank() == 0 else make()
 
 
 def all_gather(x):
-    """(B, ...) -> (W * B, ...) in rank order; carries no gradient (gather does)."""
-    if world() == 1:
-        return x
-    out = x.new_empty(world() * len(x), *x.shape[1:])
-    ALL_GATHER(out, x.detach().contiguous())
-    return out
+    """(B, ...) -> (ranks * B, ...) in rank order, without gradient."""
+    if world_size() == 1:
+        return x.detach()
+    x = x.detach().contiguous()
+    parts = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(parts, x)
+    return torch.cat(parts)
 
 
-def total(x):
-    """Sum of x over ranks; carries no gradient. For counts: a mean over all ranks divides by the total, never by a rank's own."""
-    x = x.detach().clone()
-    if world() > 1:
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return all_gather(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return all_reduce_sum(grad).chunk(world_size())[rank()]
+
+
+def all_gather_with_grad(x):
+    """(B, ...) -> (ranks * B, ...) in rank order, with exact gradients.
+
+    The loss is the mean of the ranks' losses, and each of them depends on every rank's x. So the
+    gradient of x is summed over ranks here, and average_gradients divides by their number.
+    """
+    return _AllGather.apply(x) if world_size() > 1 else x
+
+
+def all_reduce_sum(x):
+    """Sum of x over ranks, without gradient; a global mean divides by a global count."""
+    x = x.detach().clone(memory_format=torch.contiguous_format)
+    if world_size() > 1:
         dist.all_reduce(x)
     return x
 
 
-def reduce_scatter(x):
-    """(W * B, ...) -> (B, ...): the sum over ranks of this rank's rows."""
-    if world() == 1:
-        return x
-    out = x.new_empty(len(x) // world(), *x.shape[1:])
-    REDUCE_SCATTER(out, x.contiguous())
-    return out
+def average_gradients(parameters):
+    """Replace every gradient by its mean over ranks, in one all-reduce.
 
-
-def in_turn(x):
-    """The rows (B, ...) of every rank, one rank after another, so that never all are in memory; each stands only until the next is asked for."""
-    own = x.contiguous()
-    other = torch.empty_like(own) if world() > 1 else None
-    for r in range(world()):
-        part = own if r == rank() else other
-        if world() > 1:
-            dist.broadcast(part, r)
-        yield part
-
-
-def sum_at(r, x):
-    """The sum of x over ranks on rank r, 0 on the others. x is overwritten."""
-    if world() > 1:
-        dist.reduce(x, r)
-    return x if r == rank() else 0
-
-
-class _Gather(torch.autograd.Function):
-    forward = staticmethod(lambda ctx, x: all_gather(x))
-    backward = staticmethod(lambda ctx, grad: reduce_scatter(grad))     # SUM: rank losses are means over own rows; gradients get averaged
-
-
-def gather(x):
-    """(B, ...) -> (W * B, ...) in rank order, with exact gradients when rank losses are shares whose mean is the loss."""
-    return _Gather.apply(x) if world() > 1 else x
-
-
-@contextlib.contextmanager
-def averaging(params, bucket=2 ** 22):
-    """Around backward(): every gradient becomes its mean over ranks, as average_gradients makes it, most of it while backward still runs.
-
-    They travel in buckets of `bucket` numbers (16 MiB of float32), the last parameters first, as backward comes to them in about this order. A
-    bucket is sent when its gradients and all before it have arrived, what is left at the end: every rank sends the same in one order, even
-    where graphs differ. A compiled part gives all its gradients at its end, so they hide behind the backward of parts before it only. The hooks
-    live as long as the block. KeyError where a gradient arrives twice: one backward, no reentrant checkpoint.
+    The same parameters have gradients on every rank: what a step computes depends on flags and
+    step alone.
     """
-    groups, sent, size = [], [], 0
-    for p in reversed([p for p in params if p.requires_grad] if world() > 1 else []):
-        size += p.numel()
-        if not groups or size > bucket:
-            groups.append([])
-            size = p.numel()
-        groups[-1].append(p)
-
-    def send(group):
-        absent = [p.grad is None for p in group]
-        flags = to_device(torch.tensor(absent, dtype=group[0].dtype), group[0].device)
-        flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in group] + [flags])
-        for p, part in zip(group, flat.split([*(p.numel() for p in group), len(group)])):
-            p.grad = part.view_as(p)                         # frees what was copied
-        sent.append((flat, absent, dist.all_reduce(flat, group=_own, async_op=True)))
-
-    def arrived(p, k):
-        awaited[k].remove(p)
-        while len(sent) < len(groups) and not awaited[len(sent)]:
-            send(groups[len(sent)])
-
-    awaited = [set(group) for group in groups]
-    hooks = [p.register_post_accumulate_grad_hook(lambda p, k=k: arrived(p, k)) for k, group in enumerate(groups) for p in group]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for group in groups[len(sent):]:
-        send(group)
-    for group, (flat, absent, work) in zip(groups, sent):
-        work.wait()
-        nobody = (flat[-len(group):] == world()).tolist() if any(absent) else absent             # a host sync only where something is missing
-        flat /= world()
-        for p, none in zip(group, nobody):
-            p.grad = None if none else p.grad
+    if world_size() == 1:
+        return
+    grads = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([grad.flatten() for grad in grads])
+    dist.all_reduce(flat)
+    flat /= world_size()
+    for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads])):
+        grad.copy_(mean.view_as(grad))
 
 
-def average_gradients(params, bucket=2 ** 22):
-    """Replace every gradient by its mean over ranks. None on all ranks stays None; None on some counts as zero."""
-    with averaging(params, bucket):                          # nothing arrives in here: all is sent at the end
-        pass
+def check_batch(batch, micro=0, group=0):
+    """Does the global batch divide into ranks, and a rank's rows into --micro and --group?"""
+    ranks = world_size()
+    if batch % ranks:
+        remedy = math.ceil(batch / ranks) * ranks
+        raise UserError(f"--batch {batch} is the global batch and does not divide into {ranks} "
+                        f"ranks: try {remedy}")
+    rows = batch // ranks
+    if micro and rows % micro:
+        raise UserError(f"--micro {micro} does not divide the {rows} rows of a rank: "
+                        f"try {math.gcd(micro, rows)}")
+    if group and (group % 2 or rows % group):
+        raise UserError(f"--group {group} must be even and divide the {rows} rows of a rank: "
+                        f"try {max(2, math.gcd(group, rows))}")
 
 
-# ---- randomness: never depends on rank, world size or worker ----
-
-def generator(*key):
-    """A CPU generator for integers such as (seed, step)."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)[0] >> 1))
-
-
-def partner(x, block):
-    """(B, ...) -> the rows' partners: each block of rows in reverse. Its own inverse; nobody is paired with itself. Ranks hold whole blocks."""
-    return x.unflatten(0, (-1, block)).flip(1).flatten(0, 1)
+def cpu_count():
+    """CPU cores of this rank: those lent to the process, shared by the ranks of this machine."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count()
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def row_noise(cfg, step, *shape):
-    """Uniform noise (B, *shape) for this rank's rows of step `step`: drawn for the whole global batch, so rows keep theirs on any number of ranks."""
-    return torch.rand(cfg.batch, *shape, generator=generator(cfg.seed, step)).chunk(world())[rank()]
+# ---- seeds: randomness never depends on rank, number of ranks or loader worker ----
+
+class Stream(enum.IntEnum):
+    """First number of each seed, so that no two uses draw the same numbers.
+
+    Keys of one stream have one length: numpy's SeedSequence makes the same of (7, 3) and (7, 3, 0).
+    """
+    SHARDS = 1  # (seed, epoch): order of the shards
+    WINDOW = 2  # (seed, epoch, window): order of the samples in a window of shards
+    SAMPLE = 3  # (seed, epoch, sample): what is drawn while a sample is read
+    BATCH = 4  # (seed, step): what each row of a global batch draws
+    STEP = 5  # (seed, step): what all rows of a step share
+    FIGURE = 6  # (seed,): pictures
+    HEAD = 7  # (seed, step): training of heads
+    TOY = 8  # (seed, part, number): toy data
+
+
+def rng(stream, *key):
+    """A numpy generator for integers such as (seed, epoch, sample)."""
+    return np.random.default_rng([int(stream), *map(int, key)])
+
+
+def generator(stream, *key):
+    """A torch generator on the CPU for integers such as (seed, step)."""
+    return torch.Generator().manual_seed(int(rng(stream, *key).integers(2**63)))
+
+
+def batch_noise(seed, step, batch, *shape):
+    """Uniform noise (B, *shape) for this rank's rows of a step.
+
+    Drawn for the whole global batch, so that a row keeps its noise on any number of ranks.
+    """
+    noise = torch.rand(batch, *shape, generator=generator(Stream.BATCH, seed, step))
+    return noise.chunk(world_size())[rank()]
+
+
+def to_device(x, device):
+    """A CPU tensor to the device. From pinned memory: else the host would wait for the device."""
+    if device.type == "cuda":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
+def partner(x, group):
+    """(B, ...) -> the partners' rows: each group of consecutive rows in reverse.
+
+    Its own inverse; as groups are even, no row is its own partner. Ranks hold whole groups.
+    """
+    return x.unflatten(0, (-1, group)).flip(1).flatten(0, 1)
 
 
 # ---- precision and schedule ----
 
-def fast_bf16(device):
-    """Has this device bf16 arithmetic? (x86 CPUs without it emulate it, slower than float32.)"""
-    names = getattr(torch.cpu, "get_capabilities", dict)()
-    return device.type == "cuda" or any(names.get(n) for n in ("avx512_bf16", "amx_bf16", "bf16"))
+def autocast(precision, device):
+    """auto: bfloat16 on CUDA, float32 on the CPU. fp32 and bf16 force one."""
+    if precision not in ("auto", "bf16", "fp32"):
+        raise UserError(f"--precision {precision}: choose auto, bf16 or fp32")
+    if precision == "bf16" and device.type == "cpu":
+        raise UserError("--precision bf16 is slower than float32 on a CPU: leave it out")
+    enabled = precision != "fp32" and device.type == "cuda"
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
-def autocast(cfg, device):
-    if cfg.precision not in ("auto", "bf16", "fp32"):
-        raise UserError(f"--precision {cfg.precision}: choose auto, bf16 or fp32")
-    return torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16" or cfg.precision == "auto" and fast_bf16(device))
+def compiled(fn, compile, device):
+    """torch.compile(fn) where --compile says so; None: on CUDA. Names of weights stay."""
+    if compile is None:
+        compile = device.type == "cuda"
+    if not compile:
+        return fn
+    compilers = [os.environ.get("CXX", "g++"), "g++", "clang++"]
+    if device.type == "cpu" and not any(shutil.which(name) for name in compilers):
+        raise UserError("--compile needs a C++ compiler and there is none: install g++, "
+                        "or use --no-compile")
+    return torch.compile(fn)
 
 
-def compiled(module, cfg, device):
-    """The module to call: compiled by default on CUDA; the parameters and their names stay those of `module`."""
-    return torch.compile(module) if cfg.compile or cfg.compile is None and device.type == "cuda" else module
-
-
-def lr_at(step, cfg, peak):
-    """Linear from 0 to peak over the warm-up, then linear or cosine to 0 at cfg.steps."""
-    warmup = min(cfg.warmup, cfg.steps // 10)
+def cosine_lr(step, steps, warmup, max_lr):
+    """Linear warm-up, at most a tenth of the run, then half a cosine to 0."""
+    warmup = min(warmup, steps // 10)
     if step < warmup:
-        return peak * step / warmup
-    done = (step - warmup) / max(1, cfg.steps - warmup)
-    return peak * (1 - done if cfg.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2)
+        return max_lr * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return max_lr * (1 + math.cos(math.pi * done)) / 2
 
 
 # ---- command line ----
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        flag = re.search(r"unrecognized arguments: (\S+)", message)
-        near = difflib.get_close_matches(flag[1].split("=")[0], self._option_string_actions, 1) if flag else []
-        raise UserError(message + (f": did you mean {near[0]}?" if near else f": {self.prog} -h lists the flags"))
+        raise UserError(f"{message}: {self.prog} -h lists the flags")
 
 
-def parse(Config, demo, doc="", argv=None):
-    """Command line -> Config. One flag per field; its help is the field's trailing comment. Without --data, --docs, --labels the
-    overrides in `demo` stand between the defaults and the flags."""
-    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    comment = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
-    for f in dataclasses.fields(Config):
-        flag, note = "--" + f.name.replace("_", "-"), comment.get(f.name, "").replace("%", "%%")
-        shown = f"{note} [{f.default}" + (f"; demo {demo[f.name]}]" if f.name in demo else "]")
-        how = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"nargs": "+"} if f.type is list else {"type": f.type, "metavar": ""}
-        parser.add_argument(flag, default=argparse.SUPPRESS, help=shown, **how)
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def parse(Config, DEMO, doc="", argv=None):
+    """Command line -> Config. A flag for each field; its help is the field's trailing comment.
+
+    Where no training data are given, the values of DEMO stand between defaults and flags.
+    """
+    parser = Parser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
+    for field in dataclasses.fields(Config):
+        default = f"{field.default}"
+        if field.name in DEMO:
+            default += f"; demo {DEMO[field.name]}"
+        text = comments.get(field.name, "").replace("%", "%%")
+        options = {"default": argparse.SUPPRESS, "help": f"{text} [{default}]"}
+        if field.type is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif field.type is list:
+            options["nargs"] = "+"
+            options["metavar"] = "PATH"
+        else:
+            options["type"] = field.type
+            options["metavar"] = field.type.__name__.upper()
+        parser.add_argument(flag(field.name), **options)
+
     given = vars(parser.parse_args(argv))
-    values = dict(given) if given.keys() & {"data", "docs", "labels"} else {**demo, **given}
     if "size" in given:
-        if given["size"] not in SIZES:
-            raise UserError(f"--size {given['size']}: choose one of {' '.join(SIZES)}")
-        values.update({k: v for k, v in zip(("dim", "depth", "heads"), SIZES[given["size"]]) if k not in given})
+        given = {**sizes_of(given["size"]), **given}
+    training_data = set(data_fields(Config)) - {"val"}
+    values = given if training_data & given.keys() else {**DEMO, **given}
     if values.get("init"):
-        fixed = {*given, *(("dim", "depth", "heads") if "size" in given else ())}
-        values.update({k: v for k, v in encoder_sizes(values["init"]).items() if k not in fixed})
-    least = {"eval_every": -1, "context": 3, "temperature": 1e-9, "scale": 1e-3, **dict.fromkeys(AT_LEAST_ONE, 1)}
-    wrong = [f"--{k.replace('_', '-')} {v}" for k, v in values.items() if isinstance(v, (int, float)) and not v >= least.get(k, 0)]
-    if values.get("schedule", "linear") not in ("linear", "cosine"):
-        raise UserError(f"--schedule {values['schedule']}: choose linear or cosine")
-    if wrong:
-        raise UserError(f"{', '.join(wrong)}: too small")
-    return Config(**values)
+        import eval as evaluation  # reads encoder files
+        values = {**values, **evaluation.fields_from_init(values["init"], Config, given)}
+    cfg = Config(**values)
+    check_values(cfg)
+    return cfg
 
 
-def guard(main):
-    """Entry point of every script: run main() and turn a UserError into its one line and exit code 2; 1 tells of a last checkpoint not written."""
+def sizes_of(size):
+    if size not in SIZES:
+        raise UserError(f"--size {size}: choose one of {' '.join(SIZES)}")
+    return dict(zip(("dim", "depth", "heads"), SIZES[size]))
+
+
+def data_fields(Config):
+    """Names of the fields that hold paths of shards: those of type list."""
+    return [field.name for field in dataclasses.fields(Config) if field.type is list]
+
+
+def check_values(cfg):
+    """Numbers are not negative, sizes at least 1, scales positive."""
+    at_least = {"eval_every": -1, "context": 3, "scale": 1e-3, "temperature": 1e-6}
+    for name in ("batch steps image_size patch dim depth heads text_dim text_heads vocab_size "
+                 "save_every log_every").split():
+        at_least[name] = 1
+    for name, value in dataclasses.asdict(cfg).items():
+        if isinstance(value, (int, float)) and not value >= at_least.get(name, 0):
+            raise UserError(f"{flag(name)} {value}: at least {at_least.get(name, 0)} is needed")
+
+
+def run(main, Config, DEMO, doc):
+    """Entry point of a script."""
+    def parse_and_run():
+        main(parse(Config, DEMO, doc))
+    run_command(parse_and_run)
+
+
+def printable(text):
+    """One line: names may hold line ends or terminal codes."""
+    return "".join(c if c.isprintable() else "?" for c in str(text))
+
+
+def one_line(error):
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+def run_command(command):
+    """command(); a UserError becomes its one line and exit code 2.
+
+    Output into a pipe that nobody reads on (head), or that is closed, ends quietly.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell
+            setattr(sys, name, open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(errors="backslashreplace")  # what a terminal cannot print
+    code = 0
     try:
-        main()
-        code = int(_refused)
+        try:
+            command()
+        finally:
+            sys.stdout.flush()
     except UserError as error:
-        time.sleep(2 * (rank() > 0))                         # the same mistake on every rank is told once: rank 0's exit ends the others
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        if rank() > 0:  # rank 0 says it, and its end ends the others
+            time.sleep(2)
+        print(f"error: {printable(error)}", file=sys.stderr, flush=True)
         code = 2
+    except RuntimeError as error:
+        if str(error).startswith("DataLoader worker"):
+            line = f"{one_line(error)}: fewer --workers need less memory"
+        elif isinstance(error, dist.DistError) or "gloo/" in str(error):
+            line = f"rank {rank()} has lost another rank: torchrun names the first that failed"
+        else:
+            raise
+        print(f"error: {line}", file=sys.stderr, flush=True)
+        code = 2
+    except BrokenPipeError:  # | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         code = 130
     if dist.is_initialized():
@@ -548,315 +733,321 @@ def guard(main):
     sys.exit(code)
 
 
-# ---- checkpoints: plain tensors, numbers and strings; never a pickle of ours ----
+# ---- checkpoints: tensors, numbers and strings; never a pickle of our own classes ----
+
+# Settings that may change when a run goes on, as may all paths of data.
+FREE = "out workers save_every log_every eval_every compile micro grad_checkpoint fresh".split()
+
+
+def owns_output_folder(main):
+    """Decorator of main(cfg): cfg.out exists and belongs to this start alone until main returns.
+
+    lockf, since flock would stay with forked loader workers; it ends with the process (kill -9).
+    """
+    @functools.wraps(main)
+    def main_with_lock(cfg):
+        init_distributed()
+        lock = on_main_process(functools.partial(lock_folder, cfg.out))
+        try:
+            return main(cfg)
+        finally:
+            if lock is not None:
+                lock.close()
+    return main_with_lock
+
+
+def lock_folder(folder):
+    try:
+        os.makedirs(folder, exist_ok=True)
+        lock = open(os.path.join(folder, ".lock"), "w")
+    except OSError as error:
+        raise UserError(f"--out {folder} cannot be written ({error.strerror}): choose another")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise UserError(f"--out {folder} is in use by another run: choose another --out")
+        print0(f"warning: {folder} has no locks ({error.strerror}): start only one run in it")
+    return lock
+
 
 def read_checkpoint(path):
-    """The dict that save() wrote. Raises ValueError for anything else: torch alone does not check the archive's CRCs."""
+    """The dict that save() wrote. ValueError for anything else, FileNotFoundError for none."""
     try:
-        if (bad := zipfile.ZipFile(path).testzip()) is not None:
-            raise ValueError(f"member {bad} is damaged")
+        damaged = zipfile.ZipFile(path).testzip()  # torch does not check the archive's CRCs
+        if damaged is not None:
+            raise ValueError(f"member {damaged} is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or "method" not in state:
-            raise ValueError("it is not one of our checkpoints")
-        return state
     except FileNotFoundError:
         raise
-    except Exception as error:                               # zip, pickle and torch each have their own words for a bad file
-        raise ValueError(f"{path}: {str(error).partition(chr(10))[0] or type(error).__name__}") from None
-
-
-def save(cfg, model, opt, step, vocab, log):
-    """Rank 0 writes out/last.pt; the one before becomes prev.pt. At every moment one of the two is whole."""
-    global _refused
-    if rank():
-        log.saved = step
-        return
-    state = {"method": type(model).__name__, "config": dataclasses.asdict(cfg), "vocab": vocab, "step": step,
-             "model": model.state_dict(), "optimizer": opt.state_dict()}
-    last, prev, tmp = (os.path.join(cfg.out, name) for name in ("last.pt", "prev.pt", "last.pt.tmp"))
-    try:
-        with open(tmp, "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        if os.path.exists(last):
-            os.replace(last, prev)
-        os.replace(tmp, last)
-        folder = os.open(cfg.out, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-    except (OSError, RuntimeError) as error:                 # torch turns a full disk into a RuntimeError
-        with contextlib.suppress(OSError):
-            os.remove(tmp)
-        print0(f"warning: checkpoint of step {step} was not written ({str(error).partition(chr(10))[0]}); the one before is kept, "
-               "the next save tries again, and without a next one the exit code is 1")
-        _refused = True
-    else:
-        log.saved, _refused = step, False
-
-
-def resume(cfg, method):
-    """State dict to go on from, or None for a new run. Refuses another method or another recipe; falls back to prev.pt."""
-    if cfg.fresh and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
-        for name in ("last.pt", "prev.pt") * (rank() == 0):
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(os.path.join(cfg.out, name))
-        return None
-    state, problems = None, []
-    for name in ("last.pt", "prev.pt"):
-        try:
-            state = state or read_checkpoint(os.path.join(cfg.out, name))
-        except FileNotFoundError:
-            pass
-        except ValueError as error:
-            problems.append(str(error))
-            print0(f"warning: unreadable checkpoint {error}; trying the one before")
-    if state is None:
-        if problems:
-            raise UserError(f"no readable checkpoint in {cfg.out} ({'; '.join(problems)}): --fresh starts anew")
-        return None
-    if problems and rank() == 0:
-        os.replace(f"{cfg.out}/last.pt", f"{cfg.out}/last.pt.damaged")
-    if state["method"] != method:
-        raise UserError(f"--out {cfg.out} holds a run of {state['method']}, not of {method}: choose another --out, or --fresh")
-    now, then = dataclasses.asdict(cfg), state["config"]
-    changed = [f"--{k.replace('_', '-')} {then.get(k)} -> {now[k]}" for k in now if k not in ELSEWHERE and then.get(k) != now[k]]
-    if changed:
-        raise UserError(f"--out {cfg.out} holds a run with other settings ({', '.join(changed)}): repeat them, choose another --out, or --fresh")
+    except Exception as error:  # zip, pickle and torch each have their own errors for a bad file
+        raise ValueError(f"{path}: {one_line(error)}") from None
+    if not isinstance(state, dict) or "method" not in state or "config" not in state:
+        raise ValueError(f"{path}: not a checkpoint of this project")
     return state
 
 
-def restore(state, model, opt):
-    """Load what resume() returned; the step to go on from."""
-    if state is None:
-        return 0
-    model.load_state_dict(state["model"])
-    opt.load_state_dict(state["optimizer"])
-    return state["step"]
+def save(cfg, model, optimizer, step, vocab):
+    """Rank 0 writes out/last.pt, whole or not at all; UserError on all ranks if it cannot."""
+    state = {
+        "method": cfg.method,
+        "config": dataclasses.asdict(cfg),
+        "vocab": vocab,
+        "step": step,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "mean": model.vision.mean.flatten().tolist(),
+        "std": model.vision.std.flatten().tolist(),
+    }
+    path = os.path.join(cfg.out, "last.pt")
+    on_main_process(functools.partial(write_checkpoint, state, path))
 
 
-def describe(cfg, device, model, sources, first, peak):
-    """The lines a run opens with; config.json."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    precision = "bf16" if autocast(cfg, device)._enabled else "fp32"
-    print0(f"{type(model).__name__}: {millions:.1f} M parameters, {world()} rank(s) on {name}, {precision}")
-    for index, batch in ((s.index, s.plan.batch) for s in sources if s):
-        print0(f"data: {index.summary()}; {batch} a step, {cfg.steps * batch / len(index):.1f} epochs")
-        for line in index.oddities()[:5]:
-            print0(f"warning: {line}")
-    print0(f"{cfg.steps:,} steps of {cfg.batch}, lr {cfg.lr:g} -> {peak:g}, to {cfg.out}" + (f"; going on from step {first}" if first else ""))
-    if rank() == 0:
-        with open(os.path.join(cfg.out, "config.json"), "w") as f:
-            json.dump(dataclasses.asdict(cfg), f, indent=1)
-
-
-# ---- encoders from elsewhere (--init): timm's names, in safetensors or torch files ----
-
-def read_safetensors(path):
-    """-> {name: tensor}, {metadata: str}. Eight bytes of header length, a JSON header, then the tensors' bytes; anything else raises."""
-    types = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    with open(path, "rb") as f:
-        size = int.from_bytes(f.read(8), "little")
-        if size > os.path.getsize(path) - 8:
-            raise ValueError("no safetensors header")
-        header, body = json.loads(f.read(size)), bytearray(f.read())
-    meta, tensors = header.pop("__metadata__", {}), {}
-    for name, entry in header.items():
-        start, stop = entry["data_offsets"]
-        if not 0 <= start < stop <= len(body):
-            raise ValueError(f"{name} lies outside the file")
-        tensors[name] = torch.frombuffer(body[start:stop], dtype=types[entry["dtype"]]).view(entry["shape"])
-    return tensors, meta
-
-
-def read_encoder(path):
-    """Weights of a timm-named ViT in float32, without classifier -> {name: tensor}, {metadata: str}."""
+def write_checkpoint(state, path):
     try:
-        if path.endswith(".safetensors"):
-            tensors, meta = read_safetensors(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            if "method" in state:
-                raise ValueError("a whole checkpoint: python eval.py export makes an encoder file of it")
-            tensors, meta = state.get("model", state.get("state_dict", state)), state.get("metadata", {})
-        named = {re.sub(r"^((module|_orig_mod)\.)+", "", name): x.float() for name, x in tensors.items() if isinstance(x, torch.Tensor)}
-        tensors = {name: x for name, x in named.items() if not name.startswith("head.")}
-        for name in ("patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight"):
-            if name not in tensors:
-                raise ValueError(f"no {name}, so no ViT as timm names it")
-        return tensors, meta
-    except Exception as error:                               # JSON, pickle, zip and torch each have their own words for a bad file
-        raise UserError(f"--init {path} cannot be read ({str(error).partition(chr(10))[0] or type(error).__name__}): give a ViT with timm's names as "
-                        ".safetensors, or as a torch file of plain tensors") from None
+        with open(path + ".tmp", "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + ".tmp", path)
+    except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
+        if os.path.exists(path + ".tmp"):
+            os.remove(path + ".tmp")
+        raise UserError(f"{path} of step {state['step']} could not be written ({one_line(error)}): "
+                        "make room; the same command goes on from the checkpoint before")
 
 
-def encoder_sizes(path):
-    """dim, depth, heads, patch of such a file. Heads leave no trace in the weights: where its metadata does not tell, they are 64 wide."""
-    tensors, meta = read_encoder(path)
-    dim, _, patch, _ = tensors["patch_embed.proj.weight"].shape
-    depth = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
-    return {"dim": dim, "depth": depth, "heads": int(meta.get("heads", max(1, dim // 64))), "patch": patch}
+def resume_from(cfg, model, optimizer):
+    """Load out/last.pt, else --init, else nothing; -> step to start from, vocabulary or None."""
+    path = os.path.join(cfg.out, "last.pt")
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun
+    if cfg.fresh and not restarted:
+        on_main_process(functools.partial(remove_if_there, path))
+    if not os.path.exists(path):
+        if not cfg.init:
+            return 0, None
+        import eval as evaluation
+        return 0, evaluation.init_model(cfg, model)
+    try:
+        state = read_checkpoint(path)
+    except ValueError as error:
+        raise UserError(f"unreadable checkpoint {error}: remove it, or --fresh starts anew")
+    check_same_run(cfg, state)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"], state["vocab"]
 
 
-def resized_positions(table, grid):
-    """(1, [1+]g*g, D) -> the class token's row as it is (1, 0 or 1, D), and those of grid x grid patches, bicubic (as timm resamples them)."""
-    side = math.isqrt(table.shape[1])
-    lead, patches = table.split([table.shape[1] - side ** 2, side ** 2], 1)
-    if side != grid:
-        patches = patches.unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        patches = F.interpolate(patches, (grid, grid), mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
-    return lead, patches
+def remove_if_there(path):
+    if os.path.exists(path):
+        os.remove(path)
 
 
-def init_encoder(vision, path):
-    """Start a ViT from a timm-named file (none: leave it). Positions are resized to its grid, fixed ones stay; a class token that only one of the two
-    has is left as initialised, or out. UserError where shapes differ."""
-    if not path:
+def check_same_run(cfg, state):
+    if state["method"] != cfg.method:
+        raise UserError(f"--out {cfg.out} holds a run of {state['method']}, not of {cfg.method}: "
+                        "choose another --out, or --fresh")
+    free = FREE + data_fields(type(cfg))
+    changed = []
+    for name, value in dataclasses.asdict(cfg).items():
+        before = state["config"].get(name)
+        if name not in free and value != before:
+            changed.append(f"{flag(name)} {before} -> {value}")
+    if changed:
+        raise UserError(f"--out {cfg.out} holds a run with other settings ({', '.join(changed)}): "
+                        "repeat them, choose another --out, or --fresh")
+
+
+def script_hash(model):
+    """Hash of the source file that defines the model."""
+    with open(inspect.getsourcefile(type(model)), "rb") as f:
+        return hashlib.sha256(f.read()).hexdigest()[:16]
+
+
+def write_config(cfg, model, start_step):
+    """out/config.json when a run begins; later only a warning if the script has changed since."""
+    path = os.path.join(cfg.out, "config.json")
+    current = script_hash(model)
+    if start_step and os.path.exists(path):
+        with open(path) as f:
+            if json.load(f).get("script_hash") != current:
+                print0("warning: the script has changed since this run began, and the weights in "
+                       f"{cfg.out} are of the older code: --fresh starts anew")
         return
-    (tensors, meta), own = read_encoder(path), {name: x.detach().cpu() for name, x in vision.state_dict().items()}
-    lead, patches = resized_positions(tensors.pop("pos_embed"), vision.grid)
-    if vision.cls_token is None:
-        tensors.pop("cls_token", None)
-        lead = lead[:, :0]
-    elif "cls_token" not in tensors or not lead.shape[1]:    # its position is no row of some files: there it is zero
-        lead = torch.zeros_like(own["cls_token"]) if "cls_token" in tensors else own["pos_embed"][:, :1]
-        tensors.setdefault("cls_token", own["cls_token"])
-    tensors["pos_embed"] = torch.cat([lead, patches], 1) if vision.pos_embed.requires_grad else own["pos_embed"]
-    shape = lambda state, name: tuple(state[name].shape) if name in state else "missing"
-    wrong = [f"{name} is {there} there and {here} here" for name in [*own, *tensors]
-             for there, here in [(shape(tensors, name), shape(own, name))] if there != here]
-    heads = vision.blocks[0].attn.heads
-    wrong += [f"{meta['heads']} heads there and {heads} here"] if meta.get("heads", str(heads)) != str(heads) else []
-    if wrong:
-        raise UserError(f"--init {path} does not fit: {wrong[0]}: leave --size, --dim, --depth, --heads, --patch to the file; it must be a plain ViT")
-    vision.load_state_dict(tensors)
-    print0(f"encoder from {path}: width {own['pos_embed'].shape[2]}, {len(vision.blocks)} blocks, {heads} heads"
-           + ("" if "heads" in meta else " (the file does not say how many)"))
-    told = {name: (json.loads(meta[name]), getattr(vision, name).flatten().tolist()) for name in ("mean", "std") if name in meta}
-    if any(abs(a - b) > 1e-3 for there, here in told.values() for a, b in zip(there, here)):
-        print0(f"warning: its images were normalised by another mean and deviation than here ({meta['mean']}, {meta['std']})")
+    with open(path, "w") as f:
+        json.dump({**dataclasses.asdict(cfg), "script_hash": current}, f, indent=1)
 
 
-# ---- log: one line per step in log.jsonl, one tiny all-reduce per step, read one step late ----
+def print_summary(cfg, device, model, sources, start_step, max_lr):
+    """The lines that a run opens with. sources: training sets with .index and .order, or None."""
+    name = f"CPU, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    precision = "bf16" if autocast(cfg.precision, device)._enabled else "fp32"
+    print0(f"{cfg.method}: {millions:.1f} M parameters, {world_size()} rank(s) on {name}, "
+           f"{precision}")
+    for source in sources:
+        if source is None:
+            continue
+        epochs = cfg.steps * source.order.batch / len(source.index)
+        print0(f"data: {source.index.summary()}; {source.order.batch} a step, {epochs:.1f} epochs")
+        for line in source.index.warnings()[:5]:
+            print0(f"warning: {line}")
+    rate = f"lr {cfg.lr:g}"
+    if max_lr != cfg.lr:
+        rate += f" for 256 rows, so {max_lr:g} for {cfg.batch}"
+    print0(f"{cfg.steps:,} steps of {cfg.batch}, {rate}, to {cfg.out}")
+    if start_step >= cfg.steps:
+        print0("this run is finished: it is only evaluated; --fresh starts anew")
+    elif start_step:
+        print0(f"going on from step {start_step}")
+    if rank() == 0:
+        write_config(cfg, model, start_step)
+
+
+# ---- log ----
+
+def is_save_step(step, cfg):
+    return (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps
+
+
+def is_eval_step(step, cfg):
+    """An evaluation in between; the one at the end is main's."""
+    return cfg.eval_every > 0 and (step + 1) % cfg.eval_every == 0 and step + 1 < cfg.steps
+
 
 class Log:
-    """What a step tells the other ranks (loss terms, skipped samples, the wish to stop), and what the user sees of it.
+    """A line in out/log.jsonl and on the screen every cfg.log_every steps and at each save.
 
-    Every step posts one small all-reduce and reads the one before, so the host never waits for the device. step() raises UserError on all
-    ranks together when a loss is not finite, or when more than a tenth of the last 1,000 samples could not be read.
+    Reading values waits for the device, which is why it is not done at every step. All ranks call
+    it at every step. It raises UserError on all of them when loss or gradient is not finite, or
+    when more than a tenth of the samples cannot be read. TERM, INT or USR1 to any rank sets `stop`
+    on all ranks at the next line.
     """
-    def __init__(self, cfg, device, first, reasons):         # reasons: {why a sample was passed over: "hard", "soft" or "kept"}
-        self.cfg, self.device, self.reasons = cfg, device, reasons
-        self.path, self.lines, self.pending, self.saved = os.path.join(cfg.out, "log.jsonl"), [], None, first
-        self.stop, self.asked, self.totals, self.recent = False, 0.0, collections.Counter(), []
-        self.clock, self.waited, self.skipped = time.perf_counter(), 0.0, torch.zeros(len(reasons))
-        self.bar = tqdm(total=cfg.steps, initial=first, disable=rank() > 0, unit="step", dynamic_ncols=True, mininterval=1.0)
+
+    def __init__(self, cfg, start_step, reasons, unreadable):
+        """reasons: why samples are skipped, in the order of batch["skipped"]; unreadable: which of
+        them count towards the tenth."""
+        self.cfg = cfg
+        self.reasons = reasons
+        self.unreadable = unreadable
+        self.path = os.path.join(cfg.out, "log.jsonl")
+        self.stop = False  # all ranks have agreed to stop
+        self.signalled = False  # this rank got a signal
+        self.saved_step = start_step  # of the last checkpoint, 0 = none
+        self.skipped = torch.zeros(len(reasons), dtype=torch.long)  # since the last line
+        self.total_skipped = torch.zeros_like(self.skipped)  # of all ranks, in this start
+        self.start_step = start_step
+        self.data_wait = 0.0  # seconds, since the last line
+        self.last_step = start_step
+        self.last_time = time.perf_counter()
+        self.last_print = 0.0
+        self.terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=cfg.steps, initial=start_step, unit="step", dynamic_ncols=True,
+                        disable=rank() > 0 or not self.terminal)
         if rank() == 0:
-            self.cut(first)
+            cut_log(self.path, start_step)
         self.handlers = {}
-        with contextlib.suppress(ValueError):                # signals belong to the main thread: elsewhere there are none to take
-            self.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+        if threading.current_thread() is threading.main_thread():  # others cannot have handlers
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+                self.handlers[number] = signal.signal(number, self.on_signal)
 
-    def on_signal(self, number, _):
-        now = time.monotonic()
-        if self.asked and now - self.asked > 5:              # launchers repeat a signal at once; a person repeats it when out of patience
-            os._exit(128 + number)
-        self.asked = self.asked or now
+    def on_signal(self, number, frame):
+        self.signalled = True
 
-    def cut(self, first):
-        """Forget lines at or beyond the checkpoint's step, and broken ones: those steps are about to be run again."""
-        keep = []
-        if first and os.path.exists(self.path):
-            with open(self.path, errors="replace") as f:
-                lines = f.readlines()
-            for line in lines:
-                with contextlib.suppress(ValueError, TypeError, KeyError):
-                    keep += [line] * (json.loads(line)["step"] < first and line.endswith("\n"))
-        with open(self.path + ".tmp", "w") as f:
-            f.writelines(keep)
-        os.replace(self.path + ".tmp", self.path)
-
-    def next(self, batches):
-        """The next batch, on the device; notes how long it was waited for and what was skipped to fill it."""
-        began = time.perf_counter()
-        try:
-            batch = next(batches)
-        except UserError as error:
-            self.fail(error)
-        self.waited, self.skipped = time.perf_counter() - began, batch.pop("skipped")
-        return {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
-
-    def step(self, step, loss, terms, lr, grad_norm, temperature=None):
-        """loss and terms (dict): 0-dim tensors, this rank's shares, whose mean over ranks is logged. The rest is equal on all ranks."""
-        cuda, shared = self.device.type == "cuda", [grad_norm, torch.full_like(grad_norm, math.nan) if temperature is None else temperature]
-        told = torch.stack([t.detach() for t in (loss, *terms.values(), *shared)]).double()
-        told = torch.cat([told, to_device(torch.cat([self.skipped, torch.tensor([self.asked > 0])]).double(), self.device)])
-        work = dist.all_reduce(told, async_op=not cuda) if world() > 1 else None
-        told, wait = told.to("cpu", non_blocking=True), work.wait if work else None
-        if cuda:                                             # the copy is asked for now: one step later it would wait for that step, too
-            wait = torch.cuda.current_stream().record_event().synchronize
-        now = time.perf_counter()
-        row = {"step": step, "samples": (step + 1) * self.cfg.batch, "loss": 0, **dict.fromkeys(terms), "lr": lr, "grad_norm": 0, "temperature": 0,
-               "images_per_s": self.cfg.batch / (now - self.clock), "data_wait": self.waited / (now - self.clock), "skipped": 0}
-        before, self.pending, self.clock = self.pending, (row, ["loss", *terms, "grad_norm", "temperature"], told, wait), now
-        if before:
-            self.read(*before)
-
-    def settle(self):
-        """Read the step just posted too: before a checkpoint, and at the end."""
-        if self.pending:
-            before, self.pending = self.pending, None
-            self.read(*before)
-        self.flush()
-
-    def read(self, row, names, told, wait):
-        if wait:
-            wait()
-        told = told.tolist()
-        values = [t / world() for t in told[:len(names)]]
-        row.update({k: v if math.isfinite(v) else None for k, v in zip(names, values)})          # JSON has no NaN
-        counts, self.stop = dict(zip(self.reasons, map(int, told[len(names):-1]))), told[-1] > 0
-        row["skipped"] = sum(n for reason, n in counts.items() if self.reasons[reason] != "kept")
-        row["mem_gb"] = (torch.cuda.max_memory_allocated() if self.device.type == "cuda"
-                         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)) / 2 ** 30
-        self.lines.append(json.dumps(row) + "\n")
-        self.totals.update(counts)
-        self.recent = (self.recent + [sum(n for reason, n in counts.items() if self.reasons[reason] == "hard")])[-max(1, -(-1000 // self.cfg.batch)):]
+    def __call__(self, step, batch, lr, loss, grad_norm, terms):
+        """loss, terms {name: 0-dim tensor}: this rank's shares, whose mean over ranks is logged."""
         self.bar.update()
-        if row["step"] % self.cfg.log_every == 0:
-            self.flush()
-            self.bar.set_postfix_str(f"loss {values[0]:.3f}, {row['images_per_s']:.0f} images/s, waiting for data {row['data_wait']:.0%}")
-        if row["loss"] is None or row["grad_norm"] is None:
-            self.fail(f"loss {values[0]}, gradient norm {values[-2]} at step {row['step']}; last good checkpoint: "
-                      + (f"{self.cfg.out}/last.pt of step {self.saved}" if self.saved else "none yet") + "; try a lower --lr")
-        seen = len(self.recent) * self.cfg.batch
-        if seen >= 1000 and sum(self.recent) > 0.1 * seen:
-            self.fail(f"{sum(self.recent)} of the last {seen} samples could not be read ({self.skips()}): python data.py check names them")
+        self.skipped += batch["skipped"]
+        self.data_wait += batch["data_wait"]
+        if (step + 1) % self.cfg.log_every and not is_save_step(step, self.cfg):
+            return
+        values = {"loss": loss, "grad_norm": grad_norm, **terms}
+        packed = torch.stack([value.detach().double().cpu() for value in values.values()])
+        counts = torch.cat([self.skipped, torch.tensor([int(self.signalled)])]).double()
+        sums = all_reduce_sum(torch.cat([packed, counts]))
+        for name, total in zip(values, sums.tolist()):
+            values[name] = total / world_size()
+        self.stop = sums[-1].item() > 0
+        self.total_skipped += sums[len(values):-1].long()
+        self.skipped.zero_()
+        self.write(step, lr, values)
+        self.check(step, values)
+        if self.stop or is_save_step(step, self.cfg):
+            self.saved_step = step + 1  # main saves now
 
-    def skips(self):
-        return ", ".join(f"{n} {reason}" for reason, n in self.totals.items() if n)
-
-    def fail(self, message):
-        self.flush()
-        self.close()
-        raise UserError(message)
-
-    def flush(self):
-        if rank() == 0 and self.lines:
+    def write(self, step, lr, values):
+        """One line of JSON, in which what is not finite is null; the bar, or a line of text."""
+        now = time.perf_counter()
+        seconds = now - self.last_time
+        row = {"step": step, "samples": (step + 1) * self.cfg.batch}
+        for name, value in values.items():
+            row[name] = value if math.isfinite(value) else None
+        row["lr"] = lr
+        row["images_per_s"] = self.cfg.batch * (step + 1 - self.last_step) / seconds
+        row["data_wait"] = self.data_wait / seconds
+        row["skipped"] = int(self.total_skipped.sum())
+        text = (f"loss {values['loss']:.3f}, {row['images_per_s']:.0f} images/s, "
+                f"waiting for data {row['data_wait']:.0%}")
+        self.bar.set_postfix_str(text)
+        if not self.terminal and (now - self.last_print > 10 or step + 1 == self.cfg.steps):
+            print0(f"step {step + 1} of {self.cfg.steps}: {text}")
+            self.last_print = now
+        if rank() == 0:
             try:
                 with open(self.path, "a") as f:
-                    f.writelines(self.lines)
+                    f.write(json.dumps(row) + "\n")
             except OSError as error:
-                print0(f"warning: {self.path} was not written ({error})")
-        self.lines = []
+                print0(f"warning: {self.path} was not written ({error.strerror})")
+        self.data_wait = 0.0
+        self.last_step = step + 1
+        self.last_time = now
+
+    def check(self, step, values):
+        n_samples = (step + 1 - self.start_step) * self.cfg.batch
+        n_unreadable = 0
+        for reason, n in zip(self.reasons, self.total_skipped.tolist()):
+            if reason in self.unreadable:
+                n_unreadable += n
+        if n_samples >= 1000 and n_unreadable > 0.1 * n_samples:
+            self.close()
+            raise UserError(f"{n_unreadable} of {n_samples} samples could not be read: "
+                            "python data.py check names them")
+        if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
+            checkpoint = "none"
+            if self.saved_step:
+                checkpoint = f"{self.cfg.out}/last.pt of step {self.saved_step}"
+            self.close()
+            raise UserError(f"loss {values['loss']}, gradient norm {values['grad_norm']} at step "
+                            f"{step}: try a lower --lr; last checkpoint: {checkpoint}")
 
     def close(self):
-        """Give the terminal and the signals back; say what was left out, and how to go on if the run was stopped."""
+        """End the bar, give the signals back, say what was skipped and how to go on."""
         self.bar.close()
-        if self.skips():
-            print0(f"samples passed over or mended: {self.skips()}")
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        skips = []
+        for reason, n in zip(self.reasons, self.total_skipped.tolist()):
+            if n:
+                skips.append(f"{n} {reason}")
+        if skips:
+            print0(f"samples skipped or mended: {', '.join(skips)}")
         if self.stop:
-            print0(f"stopped after step {self.saved}: the same command goes on from there")
-        for s, handler in self.handlers.items():
-            signal.signal(s, handler)
+            print0(f"stopped at step {self.saved_step}: the same command goes on from there")
+
+
+def cut_log(path, start_step):
+    """Drop the lines from start_step on, which are run again, and broken ones."""
+    lines = []
+    if start_step and os.path.exists(path):
+        with open(path, errors="replace") as f:
+            lines = f.readlines()
+    with open(path + ".tmp", "w") as f:
+        for line in lines:
+            try:
+                if json.loads(line)["step"] < start_step:
+                    f.write(line)
+            except (ValueError, KeyError, TypeError):
+                continue
+    os.replace(path + ".tmp", path)

@@ -1,21 +1,50 @@
-"""From tar shards to batches: index, plan, decode, tokenizer, and a built-in world of small scenes to train on without any data.
+"""From tar shards to batches: index, samples, views, order, loader, tokenizer, and toy data.
 
-    python data.py make                                        # write the built-in world under runs/
-    python data.py check '../shared/data/pairs/*.tar'          # what is wrong with these shards (exit 1 if anything is)
-    python data.py index 'cc3m/{00000..00331}.tar'             # shards, samples, first key
+    python data.py make                                  # write the toy data under runs/
+    python data.py index 'cc3m/{00000..00331}.tar'       # count shards and samples
+    python data.py check '../shared/data/pairs/*.tar'    # list what is wrong, exit 1 if anything is
     python data.py vocab 'cc3m/*.tar' --size 32000 --out vocab.json
-    python data.py convert captions_train2017.json --from captions --images train2017 --out coco      # other layouts -> our shards
-    python data.py filter 'cc3m/*.tar' --against 'coco/test-*.tar' --out runs/filtered               # ALIGN's rules for images and texts
-    python data.py bench 'cc3m/*.tar'                          # images/s of the loader beside the bare decoding of the same bytes
+    python data.py convert captions_train2017.json --from captions --images train2017 --out coco
+    python data.py filter 'cc3m/*.tar' --against 'coco/test-*.tar' --out runs/filtered
 
-A shard is a plain tar whose neighbouring members share a key: 0001.jpg 0001.txt 0001.json. Read Index (where is every sample), Plan (which
-sample at which step), Sample (what is in it), Batches (how they meet).
-Departure from stream readers: random access by an index, so that order and resume do not depend on ranks or workers.
+A shard is a plain tar in which the files of a sample are neighbors and share a key, the part of
+their name before the first dot: 0001.jpg 0001.txt 0001.json. Read in this order: Index (where each
+sample lies), Sample (what is in it), ShuffledOrder (which sample at which step), BatchDataset and
+loader (batches).
+
+Departure from stream readers such as webdataset: samples are read by random access, so that the
+order of the samples, and going on in the middle of it, depend on neither ranks nor workers.
+
+Dimension key: B rows of a batch, H height, W width, S side of a square view.
 """
-import argparse, atexit, base64, collections, contextlib, csv, ctypes, dataclasses, functools, glob, hashlib, heapq, io, itertools, json, mmap
-import multiprocessing, os, re, signal, statistics, sys, tarfile, tempfile, time, warnings, zipfile, zlib
+import argparse
+import atexit
+import collections
+import contextlib
+import csv
+import dataclasses
+import functools
+import glob
+import hashlib
+import heapq
+import io
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import re
+import signal
+import struct
+import sys
+import tarfile
+import tempfile
+import time
+import typing
+import warnings
+import zipfile
+import zlib
 from concurrent.futures import ProcessPoolExecutor
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -23,531 +52,947 @@ from PIL import Image, ImageChops, ImageDraw, ImageOps
 from tqdm import tqdm
 
 import common
-from common import UserError, print0
+from common import Stream, UserError, print0, printable
 
-warnings.filterwarnings("ignore", module=r"PIL\.")           # Pillow warns of odd metadata; what matters raises
+warnings.filterwarnings("ignore", module=r"PIL\.")  # odd metadata; what matters raises
+
 IMAGES = ("jpg", "jpeg", "png", "webp")
-MAX_PIXELS = 25_000_000          # open_clip's guard, checked before anything is decoded
-MAX_CAPTION = 10_000             # characters; what lies beyond cannot reach any context length here
-# Why a sample is passed over, and whether that counts towards the tenth that stops a run: "kept" is counted but delivered.
-REASONS = {"shard gone": "hard", "cut sample": "hard", "unreadable json": "hard", "no image": "hard", "unreadable image": "hard",
-           "too many pixels": "hard", "no caption": "hard", "no class": "hard", "no document": "hard", "empty caption": "soft",
-           "no image left": "soft", "no box": "soft", "no mask": "hard", "no question": "soft", "caption not UTF-8": "kept"}
+MAX_PIXELS = 25_000_000  # open_clip's guard against decompression bombs
+MAX_CAPTION = 10_000  # characters; what follows is beyond any context length here
+
+# Why a sample is skipped. If too many are unreadable, a run stops; the others depend on the task.
+UNREADABLE = ("shard gone", "shard changed", "unreadable json", "text not UTF-8", "no image",
+              "unreadable image", "too many pixels", "no caption", "no class", "unreadable class",
+              "no document", "no mask", "unreadable mask", "mask of another size")
+REASONS = (*UNREADABLE, "empty caption", "no image left", "no box", "no question")
 
 
 class Skip(Exception):
-    """This sample cannot be used; the argument is one of REASONS."""
-
-
-class _Seed(np.random.bit_generator.ISeedSequence):          # a digest in the place of numpy's SeedSequence, which takes five times as long
-    def __init__(self, digest):
-        self.digest = digest
-
-    def generate_state(self, n_words, dtype=np.uint32):
-        return np.frombuffer(self.digest, dtype, n_words)
-
-
-def rng_for(*key):
-    """numpy Generator for a tuple of integers; the first tells streams apart."""
-    return np.random.Generator(np.random.PCG64(_Seed(hashlib.blake2b(repr([*map(int, key)]).encode(), digest_size=32).digest())))
+    """This sample cannot be used. The argument is one of REASONS."""
 
 
 # ---- which files ----
 
-def braces(pattern):
-    """{8..11} -> 8 9 10 11, {08..11} keeps the width, {a,b} -> a b, products; a brace without .. or , stays as it is."""
-    found = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
-    if not found:
+# words in names of files and folders, and the part of the data that they mean
+PARTS_OF_DATA = {"train": "train", "training": "train", "val": "test", "valid": "test",
+                 "validation": "test", "test": "test", "testing": "test"}
+
+
+def expand_braces(pattern):
+    """As in a shell: {8..11} -> 8 9 10 11, {08..11} keeps the width, {a,b} -> a b, products."""
+    match = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
+    if match is None:
         return [pattern]
-    low, high, names = found.groups()
-    width = max(len(low), len(high)) if low and any(len(end) > 1 and end[0] == "0" for end in (low, high)) else 0
-    step = 1 if names or int(low) <= int(high) else -1
-    choices = names.split(",") if names else [f"{i:0{width}d}" for i in range(int(low), int(high) + step, step)]
-    return [pattern[:found.start()] + c + rest for c in choices for rest in braces(pattern[found.end():])]
+    first, last, names = match.groups()
+    if names is not None:
+        choices = names.split(",")
+    else:
+        width = 0
+        for end in (first, last):
+            if len(end) > 1 and end.startswith("0"):
+                width = max(len(first), len(last))
+        step = 1 if int(first) <= int(last) else -1
+        choices = [f"{i:0{width}d}" for i in range(int(first), int(last) + step, step)]
+    before = pattern[:match.start()]
+    endings = expand_braces(pattern[match.end():])
+    return [before + choice + ending for choice in choices for ending in endings]
+
+
+def is_hidden(name):
+    """Is this a file that systems leave behind: .name, ._name, something in .name/ or __MACOSX/?"""
+    parts = name.split("/")
+    return "__MACOSX" in parts or any(p.startswith(".") and p not in (".", "..") for p in parts)
+
+
+def part_of(name):
+    """"train" or "test" if a word of the name says so ("cc3m-validation-00.tar"), else None."""
+    words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)]
+    parts = {PARTS_OF_DATA[word] for word in words if word in PARTS_OF_DATA}
+    if len(parts) == 2:
+        raise UserError(f"{name} is named both training and held-out: rename it, or give tar files")
+    return parts.pop() if parts else None
+
+
+def shards_in(folder, split):
+    """The tar files of a folder and of its train/, val/, test/ that belong to `split`.
+
+    Words in the names tell the parts apart (PARTS_OF_DATA). Without any such word, all files are in
+    both parts; where only some names have one, UserError.
+    """
+    paths = sorted(glob.glob(f"{glob.escape(folder)}/*.tar"))
+    for path in sorted(glob.glob(f"{glob.escape(folder)}/*/*.tar")):
+        if part_of(os.path.basename(os.path.dirname(path))):
+            paths.append(path)
+    parts = {path: part_of(os.path.relpath(path, folder)) for path in paths}
+    if not any(parts.values()):
+        return paths
+    for path, part in parts.items():
+        if part is None:
+            raise UserError(f"{path}: neither train, val nor test is a word of its name, as in "
+                            "others of that folder: rename it, or give tar files")
+    return [path for path, part in parts.items() if part == split]
 
 
 def expand(patterns, split="train"):
-    """Patterns (a string or a list; ::, braces, globs, folders) -> existing files. In a folder, train-*.tar or train/ is the training part,
-    test-* val-* test/ val/ the held-out one; where nothing tells them apart, everything is. Raises UserError for a pattern without a match."""
-    paths = []
-    for pattern in itertools.chain.from_iterable(p.split("::") for p in ([patterns] if isinstance(patterns, str) else patterns)):
-        for p in braces(os.path.expanduser(pattern)):
-            if os.path.isdir(p):
-                parts = {s: sorted(f for n in names for f in glob.glob(f"{glob.escape(p)}/{n}-*.tar") + glob.glob(f"{glob.escape(p)}/{n}/*.tar"))
-                         for s, names in (("train", ["train"]), ("test", ["test", "val"]))}
-                found = parts[split] if any(parts.values()) else sorted(glob.glob(f"{glob.escape(p)}/*.tar"))
+    """Patterns -> paths of existing tar files, each file once.
+
+    patterns: a string or a list, with :: between sources, braces, globs and folders; of a folder
+    the training part is taken, or the held-out part for split="test". UserError without a match.
+    """
+    if isinstance(patterns, str):
+        patterns = [patterns]
+    paths = {}  # real path: path, so that a link to a file already there adds nothing
+    for pattern in itertools.chain.from_iterable(p.split("::") for p in patterns):
+        for name in expand_braces(os.path.expanduser(pattern)):
+            if os.path.isdir(name):
+                matches = shards_in(name, split)
+            elif os.path.exists(name):
+                matches = [name]
             else:
-                found = sorted(glob.glob(p)) if glob.has_magic(p) and not os.path.exists(p) else [p] * os.path.exists(p)
-            if not found:
-                seen = f" (expanded to {p})" if p != pattern else ""
-                raise UserError(f"{pattern}: no such {split} shards{seen}: give tar files, a folder or a glob")
-            paths += found
-    return list(dict.fromkeys(paths))
+                matches = sorted(glob.glob(name))
+            if not matches:
+                expansion = f" (expanded to {name})" if name != pattern else ""
+                raise UserError(f"{pattern}: no such {split} shards{expansion}: "
+                                "give tar files, a folder or a glob")
+            for path in matches:
+                paths.setdefault(os.path.realpath(path), path)
+    return list(paths.values())
 
 
-def beside(paths, *names):
-    """Lines of the first of these text files found beside the shards or one folder up; None if there is none."""
-    folder = os.path.dirname(os.path.abspath(paths[0]))
-    for path in (os.path.join(f, n) for f in (folder, os.path.dirname(folder)) for n in names):
-        if os.path.exists(path):
-            with open(path, encoding="utf-8") as f:
-                return [line.strip() for line in f if line.strip()]
-    return None
+# ---- text files: one reader for all ----
+
+def decode_text(raw):
+    """UTF-8 bytes -> str, a byte-order mark dropped. ValueError for anything else."""
+    text = raw.decode("utf-8-sig")
+    if "\0" in text:  # UTF-16 without a mark passes for UTF-8
+        raise ValueError("NUL in a text")
+    return text
 
 
-# ---- where every sample is ----
+def split_lines(text):
+    """Lines end at \\n or \\r\\n alone, not at U+2028 or form feed as in str.splitlines."""
+    lines = text.replace("\r\n", "\n").split("\n")
+    while lines and not lines[-1].strip():
+        lines.pop()
+    return lines
+
+
+def read_text(path):
+    """The text of a file. UserError if it cannot be read or is not UTF-8."""
+    try:
+        with open(path, "rb") as f:
+            return decode_text(f.read())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    except ValueError:
+        raise UserError(f"{path} is not UTF-8 text: save it as UTF-8") from None
+
+
+def read_lines_near(paths, *names):
+    """Lines of the first of these text files that lies beside the shards or one folder up, or None.
+
+    A line number is a class, so UserError for an empty line, and if folders have different lists.
+    """
+    lists = {}  # path of the file: its lines
+    for folder in dict.fromkeys(os.path.dirname(os.path.abspath(p)) for p in paths):
+        places = itertools.product((folder, os.path.dirname(folder)), names)
+        files = [os.path.join(place, name) for place, name in places]
+        files = [file for file in files if os.path.exists(file)]
+        if not files:
+            continue
+        lines = [line.strip() for line in split_lines(read_text(files[0]))]
+        if "" in lines:
+            raise UserError(f"{files[0]}, line {lines.index('') + 1} is empty: fill it in, "
+                            "since in a list of classes a line's number is the class")
+        lists[files[0]] = lines
+    if not lists:
+        return None
+    path, lines = next(iter(lists.items()))
+    for other_path, other_lines in lists.items():
+        if other_lines != lines:
+            raise UserError(f"{path} and {other_path} differ: use the shards one folder at a time")
+    return lines
+
+
+# ---- index: where each sample lies ----
+
+# Two tables: a row for each file of the shards, and for each sample its first file and where its
+# key starts. The structs are the same rows, to write one.
+MEMBER = np.dtype(
+    [("sample", "<i8"), ("shard", "<i4"), ("suffix", "<i4"), ("offset", "<i8"), ("size", "<i8")]
+)
+MEMBER_ROW = struct.Struct("<qiiqq")
+SAMPLE = np.dtype([("member", "<i8"), ("key", "<i8")])
+SAMPLE_ROW = struct.Struct("<qq")
+MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+# what may be odd about an archive
+NOT_TAR = "not a tar"
+CUT = "cut short or damaged: what lies before is used"
+JOINED = "data after the end mark, not used"
+LINKS = "links left out"
+HIDDEN = "hidden files left out"
+REPEATED = "repeated suffixes of a key, each a new sample"
+DOTTED = "samples lost, as keys end at the first dot of a file name: rename the files"
+
 
 def split_name(name):
-    """Key and lower-case suffix, cut at the first dot after the last slash; (None, None) for names that belong to no sample."""
-    base = name.rsplit("/", 1)[-1]
-    if base.startswith("__") and base.endswith("__") or not 0 < base.find(".") < len(base) - 1:
-        return None, None
-    cut = len(name) - len(base) + base.index(".")
-    return name[:cut], name[cut + 1:].lower()
+    """'a/b.seg.png' -> ('a/b', 'seg.png'): cut at the file name's first dot (webdataset)."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, suffix = base.partition(".")
+    return folder + slash + stem, suffix.lower()
 
 
-ROW = np.dtype([("shard", "<i4"), ("offset", "<i8"), ("span", "<i4")])
+def tar_files(path, notes):
+    """Yield name, offset, size of the files in a tar without reading them; count oddities in notes.
 
-
-def scan(path):
-    """One pass over a tar's headers -> ([(offset, span)], first key, {note: count}). Python's tarfile ends silently on many cuts and on a
-    damaged header, so the block where it stopped must be the zero block that ends an archive, and nothing but zeros may follow."""
-    rows, notes, first, key, seen = [], collections.Counter(), None, None, set()
-    size = os.path.getsize(path)
+    Python's tarfile ends silently at many cuts and at a damaged header, so the block where it
+    stopped must be the zeros that end an archive, and nothing but zeros may follow.
+    """
+    n_bytes = os.path.getsize(path)
+    n_headers = 0
     with open(path, "rb") as f:
-        if f.read(2) == b"\x1f\x8b":
-            raise UserError(f"{path} is compressed, which rules out random access: unpack it with  gzip -dc {path} > {path.removesuffix('.gz')}"
-                            + ("" if path.endswith(".gz") else ".unpacked"))
+        start = f.read(8)
+        for magic, tool in MAGIC.items():
+            if start.startswith(magic):
+                notes[f"compressed, which rules out random access: unpack it with {tool} -d"] += 1
+                return
         f.seek(0)
         try:
             with tarfile.open(fileobj=f, mode="r:") as tar:
                 for member in tar:
-                    tar.members = []                         # tarfile would keep every header of the archive
-                    if member.size < 0 or tar.offset <= member.offset:                           # would lead back to an earlier member, for ever
-                        raise tarfile.TarError
-                    name, suffix = split_name(member.name) if member.isreg() else (None, None)
-                    if not name:
-                        continue
-                    if member.offset_data + member.size > size:
-                        notes["cut shard"] += 1
-                        break
-                    if name != key or suffix in seen:        # a repeated suffix starts a new sample of the same key
-                        notes["duplicate suffix"] += name == key
-                        key, seen, first = name, set(), first or name
-                        rows.append([member.offset, 0])
-                    seen.add(suffix)
-                    rows[-1][1] = member.offset_data + -(-member.size // 512) * 512 - rows[-1][0]
-                else:
-                    f.seek(tar.offset)
-                    if f.read(512) != bytes(512):
-                        notes["cut shard"] += 1
-                    elif any(block.strip(b"\0") for block in iter(lambda: f.read(2 ** 20), b"")):   # a hole in it, or archives joined
-                        notes["data behind the end"] += 1
-        except Exception:                                    # tarfile fails in many ways: TarError, OSError, MemoryError, RecursionError, ...
-            notes["cut shard" if rows else "not a tar"] += 1
-    if os.path.exists(stats := path.removesuffix(".tar") + "_stats.json"):
-        try:
-            with open(stats) as f:
-                declared = json.load(f)["successes"]
-            if declared != len(rows):
-                notes[f"_stats.json declares {declared!r} samples, found {len(rows)}"] += 1
-        except (ValueError, KeyError, TypeError, RecursionError):
-            notes["unreadable _stats.json"] += 1
-    notes["sample over 2 GiB"] = sum(span >= 2 ** 31 for _, span in rows)
-    return [r for r in rows if r[1] < 2 ** 31], first and first.encode(errors="replace").decode(), {note: n for note, n in notes.items() if n}
+                    tar.members = []  # tarfile would keep every header of the archive
+                    n_headers += 1
+                    leads_back = member.size < 0 or tar.offset <= member.offset
+                    if leads_back or member.offset_data + member.size > n_bytes:
+                        notes[CUT] += 1
+                        return
+                    if member.isreg():
+                        yield member.name, member.offset_data, member.size
+                    elif member.islnk() or member.issym():
+                        notes[LINKS] += 1
+        except Exception:  # tarfile fails in many ways: TarError, OSError, MemoryError, ...
+            notes[CUT if n_headers else NOT_TAR] += 1
+            return
+        f.seek(tar.offset)
+        if f.read(512) != bytes(512):
+            notes[CUT] += 1
+        elif any(block.strip(b"\0") for block in iter(functools.partial(f.read, 2**20), b"")):
+            notes[JOINED] += 1
 
 
-def spread(work, *columns, label, least):
-    """[work(*row)] over all cores, with a bar; in this process if there are fewer than `least` rows, as starting others takes seconds."""
-    bar = functools.partial(tqdm, desc=label, total=len(columns[0]), unit="shard", leave=False, disable=None)
-    if len(columns[0]) < least:
-        return list(bar(map(work, *columns)))
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:       # not forked: torch and gloo may have threads here
-        return list(bar(pool.map(work, *columns)))
+def lost_to_dots(suffixes):
+    """How many samples besides this one its files seem to make, if keys had dots in them.
+
+    frame_2024.05.01_0000.txt and frame_2024.05.01_0001.txt have the key frame_2024: a sample has no
+    two texts, records or classes, nor, unless it is a document, two numbered images.
+    """
+    if not any("." in suffix for suffix in suffixes):
+        return 0
+    kinds = collections.Counter()
+    for suffix in suffixes:
+        front, _, kind = suffix.rpartition(".")
+        is_numbered = any(c.isdigit() for c in front)
+        if kind in ("txt", "json", "cls"):
+            kinds[kind] += 1
+        elif kind in IMAGES and is_numbered and "json" not in suffixes:
+            kinds[kind] += 1
+    return max(kinds.values(), default=1) - 1
+
+
+class Scan(typing.NamedTuple):
+    """What scan() finds in a shard. Numbers of samples and suffixes count from 0 in it."""
+    members: np.ndarray  # MEMBER
+    samples: np.ndarray  # SAMPLE
+    keys: bytes
+    suffixes: list
+    notes: dict  # {oddity: count}
+
+
+def scan(path):
+    """One pass over the headers of a shard -> Scan."""
+    notes = collections.Counter()
+    members = bytearray()
+    samples = bytearray()
+    keys = bytearray()
+    suffixes = {}  # suffix: its number
+    n_samples = 0
+    last_key = None
+    in_sample = set()  # suffixes of the current sample
+    for name, offset, size in tar_files(path, notes):
+        if is_hidden(name):
+            notes[HIDDEN] += 1
+            continue
+        key, suffix = split_name(name)
+        if not suffix:
+            continue
+        if key != last_key or suffix in in_sample:
+            notes[REPEATED] += key == last_key
+            notes[DOTTED] += lost_to_dots(in_sample)
+            samples += SAMPLE_ROW.pack(len(members) // MEMBER.itemsize, len(keys))
+            keys += key.encode("utf-8", "surrogateescape")
+            n_samples += 1
+            last_key = key
+            in_sample = set()
+        in_sample.add(suffix)
+        suffix_number = suffixes.setdefault(suffix, len(suffixes))
+        members += MEMBER_ROW.pack(n_samples - 1, 0, suffix_number, offset, size)
+    notes[DOTTED] += lost_to_dots(in_sample)
+    notes = {note: n for note, n in notes.items() if n}
+    return Scan(np.frombuffer(members, MEMBER), np.frombuffer(samples, SAMPLE), bytes(keys),
+                list(suffixes), notes)
+
+
+def parallel_map(fn, *columns, label, min_parallel):
+    """Yield fn(*row) for each row of the columns, in order, with a bar.
+
+    In other processes if there are at least `min_parallel` rows; starting them takes seconds.
+    """
+    n = len(columns[0])
+    bar = functools.partial(tqdm, desc=label, total=n, unit="shard", leave=False, disable=None)
+    if n < min_parallel:
+        yield from bar(map(fn, *columns))
+        return
+    context = multiprocessing.get_context("spawn")  # torch may have threads, which fork would break
+    with ProcessPoolExecutor(common.cpu_count(), mp_context=context) as pool:
+        yield from bar(pool.map(fn, *columns))
 
 
 class Index:
-    """Every sample of a set of shards: a memory-mapped row (shard, offset, span) each, cached under the shards' paths, sizes and times.
+    """Random access to the samples of tar shards: neighboring files with one key are one sample.
 
-    `notes` maps a shard to what was odd about it. Raises UserError if no sample is found.
+    Where each file lies is found once and cached as memory-mapped tables, under the shards' paths,
+    sizes and times, so that any sample can be read directly: a training order is a list of numbers.
+
+    paths: the shards; starts (shards + 1,): number of each shard's first sample, and of samples;
+    members: MEMBER rows of all files; samples: SAMPLE rows, and one that ends the last sample.
+    Raises UserError if a shard cannot be opened or there is no sample at all.
     """
-    def __init__(self, paths):
-        self.paths, self.fds = [os.path.abspath(p) for p in paths], {}
-        cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "vlp-index")
-        stamps = []
-        try:
-            for p in self.paths:
-                f = os.open(p, os.O_RDONLY)                  # what may not be read is told here; file objects would take twice the time
-                stamps.append((p, (seen := os.fstat(f)).st_size, seen.st_mtime_ns))
-                os.read(f, 0)                                # refused by a folder
-                os.close(f)
-        except OSError as error:
-            raise UserError(f"shard {p} cannot be read ({error.strerror})") from None
-        self.bytes = sum(size for _, size, _ in stamps)
-        self.file = os.path.join(cache, hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:24])
-        if not os.path.exists(self.file + ".npy"):
-            self.build(cache)
-        with open(self.file + ".json", encoding="utf-8") as f:
-            self.starts, self.first_key, self.notes = json.load(f)
-        self.starts = np.array(self.starts)
-        self.rows = np.load(self.file + ".npy", mmap_mode="r")
-        if len(self) == 0:
-            raise UserError(f"no sample in {len(paths)} shard(s), the first is {paths[0]} ({self.notes or 'empty'}): is it a tar of images?")
 
-    def build(self, cache):
+    def __init__(self, paths):
+        self.paths = [os.path.abspath(p) for p in paths]
+        self.stamps = [self._stamp(p) for p in self.paths]
+        cache = os.environ.get("XDG_CACHE_HOME")
+        if not cache:
+            cache = os.path.expanduser("~/.cache")
+        name = hashlib.sha256(json.dumps([self.paths, self.stamps]).encode()).hexdigest()[:24]
+        self.cache = os.path.join(cache, "vlp-index", name)
+        if not self._load():
+            self._build()
+            if not self._load():
+                raise UserError(f"the index in {self.cache}.* changed while it was written: retry")
+
+    @staticmethod
+    def _stamp(path):
         try:
-            os.makedirs(cache, exist_ok=True)
-            found = spread(scan, self.paths, label="indexing", least=50)
-            rows = np.concatenate([np.array([(shard, *row) for row in f[0]], ROW) for shard, f in enumerate(found)])
-            starts = np.cumsum([0] + [len(f[0]) for f in found]).tolist()
-            notes = {p: f[2] for p, f in zip(self.paths, found) if f[2]}
-            meta = json.dumps([starts, next((f[1] for f in found if f[1]), None), notes]).encode()
-            for name, write in ((".json", lambda f: f.write(meta)), (".npy", lambda f: np.save(f, rows))):   # the rows last: they mark it complete
-                with tempfile.NamedTemporaryFile(dir=cache, delete=False) as f:
-                    write(f)
-                os.replace(f.name, self.file + name)
+            with open(path, "rb") as f:
+                status = os.fstat(f.fileno())
         except OSError as error:
-            raise UserError(f"the index cannot be written to {cache} ({error}): set XDG_CACHE_HOME to a folder with room") from None
+            raise UserError(f"shard {path} cannot be read ({error.strerror})") from None
+        return [status.st_size, status.st_mtime_ns]
+
+    def _load(self):
+        """Map the cached tables. -> False if they are missing or incomplete."""
+        try:
+            with open(self.cache + ".json", encoding="utf-8") as f:
+                meta = json.load(f)
+            self.starts = np.array(meta["starts"])
+            self.suffixes = meta["suffixes"]
+            self.notes = meta["notes"]
+            # as plain arrays: slices of a memmap are slow
+            self.members = np.memmap(self.cache + ".members", MEMBER, "r").view(np.ndarray)
+            self.samples = np.memmap(self.cache + ".samples", SAMPLE, "r").view(np.ndarray)
+            self.keys = np.memmap(self.cache + ".keys", np.uint8, "r").view(np.ndarray)
+            sizes = [table.nbytes for table in (self.members, self.samples, self.keys)]
+            return sizes == meta["sizes"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def _build(self):
+        folder = os.path.dirname(self.cache)
+        try:
+            os.makedirs(folder, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as new:
+                self._scan_shards(new)
+                for name in ("members", "samples", "keys", "json"):  # json last: it completes them
+                    os.replace(f"{new}/{name}", f"{self.cache}.{name}")
+        except OSError as error:
+            raise UserError(f"the index cannot be written to {folder} ({error.strerror}): "
+                            "set XDG_CACHE_HOME to a folder with room") from None
+
+    def _scan_shards(self, folder):
+        """Write the tables to a folder, a shard at a time, so that memory does not grow."""
+        starts = [0]
+        suffixes = {}  # suffix: its number
+        self.notes = {}
+        with (open(f"{folder}/members", "wb") as members_file,
+              open(f"{folder}/samples", "wb") as samples_file,
+              open(f"{folder}/keys", "wb") as keys_file):
+            scans = parallel_map(scan, self.paths, label="indexing", min_parallel=50)
+            for shard, (members, samples, keys, names, notes) in enumerate(scans):
+                numbers = [suffixes.setdefault(name, len(suffixes)) for name in names]
+                samples["member"] += members_file.tell() // MEMBER.itemsize
+                samples["key"] += keys_file.tell()
+                members["sample"] += starts[-1]
+                members["shard"] = shard
+                members["suffix"] = np.array(numbers, int)[members["suffix"]]
+                members_file.write(members.tobytes())
+                samples_file.write(samples.tobytes())
+                keys_file.write(keys)
+                starts.append(starts[-1] + len(samples))
+                if notes:
+                    self.notes[self.paths[shard]] = notes
+            n_members = members_file.tell() // MEMBER.itemsize
+            samples_file.write(SAMPLE_ROW.pack(n_members, keys_file.tell()))  # the last one's end
+        if starts[-1] == 0:
+            line = f"no sample in {len(self.paths)} shard(s), the first is {self.paths[0]}"
+            raise UserError("; ".join([line, *self.warnings()[:3]]))
+        sizes = [os.path.getsize(f"{folder}/{name}") for name in ("members", "samples", "keys")]
+        with open(f"{folder}/json", "w", encoding="utf-8") as f:
+            json.dump({"sizes": sizes, "starts": starts, "suffixes": list(suffixes),
+                       "notes": self.notes}, f)
 
     def __len__(self):
-        return len(self.rows)
-
-    def summary(self):
-        return f"{len(self.paths)} shards, {len(self):,} samples, {self.bytes / 1e9:.2f} GB, first key {self.first_key}"
-
-    def oddities(self):
-        """A line for each shard that has notes."""
-        return [f"{path}: {', '.join(f'{note} ({n})' for note, n in notes.items())}" for path, notes in self.notes.items()]
-
-    def __reduce__(self):                                    # a worker that is not forked maps the rows anew instead of copying them
-        return Index, (self.paths,)
-
-    def __del__(self):                                       # an evaluation makes one each time
-        while self.fds:
-            os.close(self.fds.popitem()[1])
+        return int(self.starts[-1])
 
     def __getitem__(self, i):
-        """Sample i, its bytes read by one pread. Raises Skip."""
-        shard, offset, span = self.rows[i].item()
+        """Sample i. Raises Skip."""
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        (first, _), (end, _) = self.samples[i:i + 2].tolist()
+        members = self.members[first:end].tolist()
+        shard = members[0][1]
+        contents = {}
         try:
-            if shard not in self.fds:
-                if len(self.fds) >= 128:                     # stay far from the limit of open files
-                    while self.fds:
-                        os.close(self.fds.popitem()[1])
-                    self.rows._mmap.madvise(mmap.MADV_DONTNEED)  # nor need the rows read so far stay in memory: 1.5 GiB of them in 10^8 samples
-                self.fds[shard] = os.open(self.paths[shard], os.O_RDONLY)
-            raw = os.pread(self.fds[shard], span, offset)
+            with open(self.paths[shard], "rb") as f:
+                status = os.fstat(f.fileno())
+                if [status.st_size, status.st_mtime_ns] != self.stamps[shard]:
+                    raise Skip("shard changed")
+                for _, _, suffix, offset, size in members:
+                    contents[self.suffixes[suffix]] = os.pread(f.fileno(), size, offset)
         except OSError:
             raise Skip("shard gone") from None
-        if len(raw) < span:
-            raise Skip("cut sample")
-        return Sample(*unpack(raw))
+        return Sample(self.key(i), contents)
+
+    def key(self, i):
+        """The key of sample i: the names of its files up to their first dot."""
+        (_, first), (_, end) = self.samples[i:i + 2].tolist()
+        return self.keys[first:end].tobytes().decode(errors="replace")
+
+    def place(self, i):
+        """Where sample i lies, for messages: shard and key."""
+        shard = int(np.searchsorted(self.starts, i, side="right")) - 1
+        return f"{self.paths[shard]}: {self.key(i)}"
+
+    def summary(self):
+        n_bytes = sum(size for size, _ in self.stamps)
+        return (f"{len(self.paths)} shards, {len(self):,} samples, {n_bytes / 1e9:.2f} GB, "
+                f"first key {self.key(0)}")
+
+    def warnings(self):
+        """A line for each shard that is odd: what is odd, and how often."""
+        lines = []
+        for path, notes in self.notes.items():
+            lines.append(f"{path}: " + ", ".join(f"{note} ({n})" for note, n in notes.items()))
+        return lines
+
+    def __reduce__(self):  # another process maps the tables anew instead of getting a copy
+        return Index, (self.paths,)
 
 
-def octal(field):
-    return int(field.split(b"\0", 1)[0].strip() or b"0", 8)
+def open_index(patterns, split="train"):
+    """The Index of the shards that these patterns mean, built by rank 0 first; None for None."""
+    if not patterns:
+        return None
+    paths = expand(patterns, split)
+    return common.main_process_first(functools.partial(Index, paths))
 
 
-def header(block):
-    """Name and size of a member, and is it a plain file? The usual ones are read without tarfile, much faster. Raises TarError or ValueError."""
-    if len(block) == 512 and block[156] == 48 and not block[345] and block[124] < 128:
-        total = octal(block[148:156]) - 256 + sum(block[148:156])                                # the checksum takes its own field for eight spaces
-        if (zlib.adler32(block) & 0xFFFF) == (1 + total) % 65521:                                # adler32's lower half: 1 + the sum of all bytes
-            return block[:100].split(b"\0", 1)[0].decode("utf-8", "surrogateescape"), octal(block[124:136]), True
-    info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-    return info.name, info.size, info.type in (tarfile.REGTYPE, tarfile.AREGTYPE)
+# ---- sample: what is in it ----
+
+# EXIF orientation: how a stored image is turned upright
+UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+           4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+           6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+           8: Image.Transpose.ROTATE_90}
 
 
-def unpack(raw):
-    """The bytes of one sample -> (key, {suffix: bytes})."""
-    members, at, key = {}, 0, None
+def without_metadata(png):
+    """A PNG's bytes without chunks that change no pixel: Pillow refuses it for a damaged one."""
+    kept = [png[:8]]
+    start = 8
+    while start < len(png):
+        end = start + 12 + int.from_bytes(png[start:start + 4], "big")  # length, name, data, CRC
+        name = png[start + 4:start + 8]
+        is_sound = zlib.crc32(png[start + 4:end - 4]) == int.from_bytes(png[end - 4:end], "big")
+        if name[:1].isupper() or (name in (b"tRNS", b"eXIf") and is_sound):  # upper case: critical
+            kept.append(png[start:end])
+        start = end
+    return b"".join(kept)
+
+
+def open_image(raw):
+    """Open, but do not decode, a JPEG, PNG or WebP. Raises Skip."""
+    if raw.startswith(b"\x89PNG"):
+        raw = without_metadata(raw)
     try:
-        while at < len(raw):
-            name, size, plain = header(raw[at:at + 512])
-            if not plain:                                    # long names and the like: tarfile knows them all
-                with tarfile.open(fileobj=io.BytesIO(raw + bytes(1024))) as tar:
-                    pairs = [(split_name(m.name), tar.extractfile(m).read()) for m in tar if m.isreg()]
-                if len(keys := {name for (name, _), _ in pairs if name}) != 1:
-                    raise Skip("cut sample")
-                return keys.pop(), {suffix: data for (_, suffix), data in pairs if suffix}
-            name, suffix = split_name(name)
-            if size < 0:                                     # would lead back, for ever
-                raise Skip("cut sample")
-            if suffix:
-                if key not in (None, name):                  # the shard was rewritten since it was indexed
-                    raise Skip("cut sample")
-                key, members[suffix] = name, raw[at + 512:at + 512 + size]
-            at += 512 + -(-size // 512) * 512
-    except (tarfile.TarError, ValueError, OSError):
-        raise Skip("cut sample") from None
-    return key, members
+        image = Image.open(io.BytesIO(raw), formats=("JPEG", "PNG", "WEBP"))
+    except Image.DecompressionBombError:
+        raise Skip("too many pixels") from None
+    except Exception:  # Pillow fails in many ways: OSError, SyntaxError, struct.error, ...
+        raise Skip("unreadable image") from None
+    if image.width * image.height > MAX_PIXELS:
+        raise Skip("too many pixels")
+    return image
 
 
-# ---- what is in a sample ----
+def orientation(image):
+    """The EXIF orientation, 1 to 8; 1, upright, if there is none that can be read."""
+    try:
+        value = image.getexif().get(0x0112, 1)
+        return value if value in UPRIGHT else 1
+    except Exception:  # damaged metadata does not harm the pixels
+        return 1
+
 
 class Sample:
-    """One sample's bytes, decoded on demand. Everything here raises Skip with a reason instead of failing."""
+    """One sample, decoded on demand. What is missing or damaged raises Skip with a reason."""
+
     def __init__(self, key, members):
-        self.key, self.members, self.damaged_text = key, members, False
+        self.key = key
+        self.members = members  # {suffix: bytes}
 
     @functools.cached_property
     def json(self):
+        """The record, {} if there is none."""
         try:
-            fields = json.loads(self.members.get("json", b"{}"))
-            return fields if isinstance(fields, dict) else {}
+            record = json.loads(decode_text(self.members.get("json", b"{}")))
         except (ValueError, RecursionError):
             raise Skip("unreadable json") from None
-
-    def text(self, raw):
-        try:
-            return raw.decode()
-        except UnicodeDecodeError:
-            self.damaged_text = True
-            return raw.decode(errors="replace")
+        if not isinstance(record, dict):
+            raise Skip("unreadable json")
+        return record
 
     def captions(self, lines=False):
-        """All captions, white space collapsed. lines: each line of the .txt is one (evaluation tars), else the .txt is one."""
-        if "txt" in self.members:
-            text = self.text(self.members["txt"])
-            found = text.splitlines() if lines else [text]
-        else:
-            found = self.json.get("caption")
-            found = [found] if isinstance(found, str) else found
-            if not isinstance(found, list):
-                raise Skip("no caption")
-        found = [" ".join(c[:MAX_CAPTION].split()) for c in found if isinstance(c, str)]
-        if not any(found):
-            raise Skip("empty caption")
-        return [c for c in found if c]
+        """All captions, white space collapsed: KEY.txt, else "caption" or "captions" of the record.
 
-    def captioned(self):                                     # does this claim to have a caption? (whether there is one, captions() tells)
-        return "txt" in self.members or "caption" in self.json
+        lines: each line of the .txt is a caption (evaluation sets), else all of it is one.
+        """
+        if "txt" in self.members:
+            try:
+                text = decode_text(self.members["txt"])
+            except ValueError:
+                raise Skip("text not UTF-8") from None
+            captions = split_lines(text) if lines else [text]
+        else:
+            captions = self._caption_field()
+            if isinstance(captions, str):
+                captions = [captions]
+            if not isinstance(captions, list):
+                raise Skip("no caption")
+        captions = [" ".join(c[:MAX_CAPTION].split()) for c in captions if isinstance(c, str)]
+        captions = [c for c in captions if c]
+        if not captions:
+            raise Skip("empty caption")
+        return captions
+
+    def _caption_field(self):
+        for name in ("caption", "captions"):
+            if self.json.get(name) is not None:
+                return self.json[name]
+        return None
 
     def caption(self, rng):
         """One caption, drawn where there are several."""
-        found = self.captions()
-        return found[int(rng.integers(len(found)))] if len(found) > 1 else found[0]
+        captions = self.captions()
+        if len(captions) == 1:
+            return captions[0]
+        return captions[int(rng.integers(len(captions)))]
+
+    def has_caption(self):
+        """Does it claim to have a caption? captions() says whether it really has."""
+        return "txt" in self.members or self._caption_field() is not None
 
     def label(self):
+        """The class number in KEY.cls."""
+        if not self.has_label():
+            raise Skip("no class")
         try:
-            return int(self.members["cls"])
-        except (KeyError, ValueError):
-            raise Skip("no class") from None
+            label = int(decode_text(self.members["cls"]))
+        except ValueError:
+            raise Skip("unreadable class") from None
+        if not 0 <= label < 2**31:
+            raise Skip("unreadable class")
+        return label
 
-    def image_bytes(self):                                   # its image as stored, None if it has none
-        return next((self.members[s] for s in IMAGES if s in self.members), None)
+    def has_label(self):
+        return "cls" in self.members
 
-    def image(self, near=None, member=None):
-        """RGB PIL image, upright. near: a JPEG may be decoded at a fraction of its size, both sides staying >= near. member: the suffix of one
-        of several images."""
-        raw = self.members.get(member) if member else self.image_bytes()
-        if raw is None:
+    def image_bytes(self):
+        """The image file; Skip if there is none."""
+        for suffix in IMAGES:
+            if suffix in self.members:
+                return self.members[suffix]
+        raise Skip("no image")
+
+    def image(self, min_size=None, member=None):
+        """The image, RGB and upright.
+
+        min_size: a JPEG may be decoded at a fraction of its size, both sides at least that long.
+        member: the suffix of one of several images.
+        """
+        if member is None:
+            raw = self.image_bytes()
+        elif member in self.members:
+            raw = self.members[member]
+        else:
             raise Skip("no image")
+        image = open_image(raw)
         try:
-            image = Image.open(io.BytesIO(raw), formats=("JPEG", "PNG", "WEBP"))
-            if image.width * image.height > MAX_PIXELS:
-                raise Skip("too many pixels")
-            if near:
-                image.draft("RGB", (near, near))
-            if (image.format != "JPEG" or image.info.keys() & {"exif", "xmp"}) and image.getexif().get(0x0112, 1) != 1:
-                image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):                   # 16 bits: convert("RGB") would clip all but the darkest to white
-                image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+            if min_size:
+                image.draft("RGB", (min_size, min_size))
             image.load()
-            return image if image.mode == "RGB" else image.convert("RGB")
-        except Image.DecompressionBombError:
-            raise Skip("too many pixels") from None
-        except Skip:
-            raise
-        except Exception:                                    # Pillow's decoders fail in many ways: OSError, SyntaxError, struct.error, ...
+            turn = orientation(image)
+            if image.mode.startswith("I"):  # 16 bits: convert would clip all but the darkest
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.mode != "RGB":
+                image = image.convert("RGB")
+        except Exception:  # as in open_image
             raise Skip("unreadable image") from None
+        return image.transpose(UPRIGHT[turn]) if turn in UPRIGHT else image
+
+    def mask(self):
+        """Class numbers of the pixels (H, W), int32, of KEY.seg.png, turned as the image is.
+
+        0 is unlabeled; so is 255 in a mask of 8 bits (Pascal VOC's border).
+        """
+        if "seg.png" not in self.members:
+            raise Skip("no mask")
+        image = open_image(self.image_bytes())
+        try:
+            stored = open_image(self.members["seg.png"])
+            classes = np.array(stored)
+        except Exception:  # as in open_image
+            raise Skip("unreadable mask") from None
+        if stored.size != image.size:
+            raise Skip("mask of another size")
+        if classes.ndim != 2:  # colors, not classes
+            raise Skip("unreadable mask")
+        if classes.dtype == np.uint8:
+            classes[classes == 255] = 0
+        mask = Image.fromarray(classes.astype(np.int32))
+        turn = orientation(image)
+        if turn in UPRIGHT:
+            mask = mask.transpose(UPRIGHT[turn])
+        return np.array(mask)
 
     def boxes(self, width, height, *fields):
-        """[(x, y, w, h, text, *its other `fields`)] in pixels of the upright image, which is width x height: the json's "boxes" ({x, y, w, h, text})
-        or "segments" ({bbox, name}), cut at the image's edges; what is malformed, outside or has no text is left out. Raises Skip if none is left."""
-        found, turn, raw = [], 1, self.image_bytes() or b""
-        with contextlib.suppress(Exception):                 # an unreadable image is image()'s business
-            turn = Image.open(io.BytesIO(raw), formats=("JPEG", "PNG", "WEBP")).getexif().get(0x0112, 1)
-        turn = turn if turn in range(1, 9) else 1            # as Pillow, which turns nothing where the tag holds anything else
-        W, H = (height, width) if turn >= 5 else (width, height)                                 # as stored, where boxes are measured
-        for box in next((b for b in map(self.json.get, ("boxes", "segments")) if isinstance(b, list)), []):
-            try:
-                sides = box["bbox"] if "bbox" in box else [box[k] for k in "xywh"]
-                (x, y, w, h), text = map(float, sides), " ".join((box.get("text") or box["name"])[:MAX_CAPTION].split())
-            except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
-                continue
-            x, y, right, bottom = max(x, 0.0), max(y, 0.0), min(x + w, W), min(y + h, H)
-            w, h = right - x, bottom - y
-            if w > 0 and h > 0 and text:
-                x, y = W - right if turn in (2, 3, 7, 8) else x, H - bottom if turn in (3, 4, 6, 7) else y       # EXIF: mirrored, then transposed
-                found.append((*((y, x, h, w) if turn >= 5 else (x, y, w, h)), text, *map(box.get, fields)))
-        if not found:
+        """[(x, y, w, h, text, *its other `fields`)] in pixels of the upright image, width x height.
+
+        From the record's "boxes" ({x, y, w, h, text}) or "segments" ({bbox, name}), in pixels of
+        the image as stored; cut at its edges. What is malformed, outside or without a text is left
+        out. Skip if none is left.
+        """
+        try:
+            turn = orientation(open_image(self.image_bytes()))
+        except Skip:
+            turn = 1  # image() says what is wrong
+        if turn >= 5:  # a quarter turn: stored sides are the other way round
+            width, height = height, width
+        boxes = []
+        for record in self._box_records():
+            box = read_box(record, width, height)
+            if box is not None:
+                x, y, w, h, text = box
+                others = [record.get(field) for field in fields]
+                boxes.append((*turn_box(x, y, w, h, width, height, turn), text, *others))
+        if not boxes:
             raise Skip("no box")
-        return found
+        return boxes
 
-    def document(self, rng, near=None, least=0.24, most=6, first=0.5):
-        """Sentences (str) and PIL images in reading order. Fields "texts" and "images", in which one of the two stands at each place
-        (OBELICS), are in order already. "text_list" and "image_info" (MMC4) get LCL's rules (its released loader): images whose matched_sim is at
-        least `least`, or not given; one for a sentence, drawn; the first `most`; each before its sentence with probability `first`, else
-        after it. Images that are missing or unreadable are left out; Skip if none is left."""
-        def picture(name):
-            with contextlib.suppress(Skip):
-                return self.image(near, split_name(name)[1] or "-")
+    def _box_records(self):
+        for name in ("boxes", "segments"):
+            if isinstance(self.json.get(name), list):
+                return self.json[name]
+        return []
 
-        if self.has_document("texts", "images"):
-            pairs = itertools.zip_longest(self.json["texts"], self.json["images"])
-            places = [t if t and isinstance(t, str) else (n,) for t, n in pairs if isinstance(t or n, str)]        # an image's name in a tuple
-            for extra in [i for i, p in enumerate(places) if isinstance(p, tuple)][:most - 1:-1]:
-                del places[extra]
-            segments = [picture(*p) if isinstance(p, tuple) else p for p in places]
-        elif self.has_document("text_list", "image_info"):
-            matched, texts, segments = {}, [t if isinstance(t, str) else "" for t in self.json["text_list"]], []
-            for info in (i for i in self.json["image_info"] if isinstance(i, dict)):
-                name, at, sim = (info.get(field) for field in ("image_name", "matched_text_index", "matched_sim"))
-                similar = sim is None or isinstance(sim, (int, float)) and sim >= least
-                if similar and isinstance(name, str) and isinstance(at, int) and 0 <= at < len(texts):
-                    matched.setdefault(at, []).append(name)
-            chosen = {at: picture(names[int(rng.integers(len(names)))]) for at, names in sorted(matched.items())[:most]}
-            for at, text in enumerate(texts):
-                block = [text, chosen.get(at)]
-                segments += block[::-1] if block[1] and rng.random() < first else block
+    def is_document(self):
+        """Does it claim to be a document? document() says whether it really is."""
+        return "text_list" in self.json or "texts" in self.json
+
+    def document(self, rng, min_size=None, min_similarity=0.24, max_images=6, image_first=0.5):
+        """Sentences (str) and PIL images in reading order. Images that cannot be read are left out.
+
+        "texts" and "images", where one of the two stands at each place (OBELICS), are in order. For
+        "text_list" and "image_info" (MMC4) see _matched. Skip if no image is left.
+        """
+        if isinstance(self.json.get("texts"), list) and isinstance(self.json.get("images"), list):
+            segments = self._alternating(min_size, max_images)
+        elif (isinstance(self.json.get("text_list"), list)
+              and isinstance(self.json.get("image_info"), list)):
+            segments = self._matched(rng, min_size, min_similarity, max_images, image_first)
         else:
             raise Skip("no document")
-        segments = [s for s in segments if s]
-        if all(isinstance(s, str) for s in segments):
+        if all(isinstance(segment, str) for segment in segments):
             raise Skip("no image left")
         return segments
 
-    def has_document(self, *fields):
-        return all(isinstance(self.json.get(f), list) for f in fields)
+    def _alternating(self, min_size, max_images):
+        segments = []
+        n_images = 0
+        for text, name in itertools.zip_longest(self.json["texts"], self.json["images"]):
+            if text and isinstance(text, str):
+                segments.append(text)
+            elif isinstance(name, str) and n_images < max_images:
+                n_images += 1
+                image = self._image_or_none(name, min_size)
+                if image is not None:
+                    segments.append(image)
+        return segments
 
-    def is_document(self):
-        """Does this claim to be a document? (Whether it is a sound one, document() tells.)"""
-        return bool({"text_list", "texts"} & self.json.keys())
+    def _matched(self, rng, min_size, min_similarity, max_images, image_first):
+        """LCL's rules (its released loader): images whose matched_sim is at least min_similarity,
+        or not given; one for a sentence, drawn; the first max_images of them; each before its
+        sentence with probability image_first, else after it."""
+        texts = self.json["text_list"]
+        names = collections.defaultdict(list)  # of the images of each sentence
+        for info in self.json["image_info"]:
+            if not isinstance(info, dict):
+                continue
+            name = info.get("image_name")
+            i = info.get("matched_text_index")
+            similarity = info.get("matched_sim")
+            is_placed = isinstance(i, int) and 0 <= i < len(texts)
+            is_similar = similarity is None
+            if isinstance(similarity, (int, float)):
+                is_similar = similarity >= min_similarity
+            if isinstance(name, str) and is_placed and is_similar:
+                names[i].append(name)
+        images = {}
+        for i in sorted(names)[:max_images]:
+            name = names[i][int(rng.integers(len(names[i])))]
+            images[i] = self._image_or_none(name, min_size)
+        segments = []
+        for i, text in enumerate(texts):
+            sentence = [text] if text and isinstance(text, str) else []
+            if images.get(i) is None:
+                segments += sentence
+            elif rng.random() < image_first:
+                segments += [images[i], *sentence]
+            else:
+                segments += [*sentence, images[i]]
+        return segments
+
+    def _image_or_none(self, name, min_size):
+        try:
+            return self.image(min_size, split_name(name)[1])
+        except Skip:
+            return None
 
 
-def planes(image, flip=False):
-    """An RGB image, mirrored or not -> uint8 (3, H, W), read-only: a view of rows of triples, an order that np.stack keeps, so no byte is moved."""
+def read_box(record, width, height):
+    """x, y, w, h, text of a box in a json record, cut at the image's edges; None if it has none."""
+    try:
+        sides = record["bbox"] if "bbox" in record else [record[name] for name in "xywh"]
+        x, y, w, h = map(float, sides)
+        text = record["text"] if record.get("text") else record["name"]
+        text = " ".join(text[:MAX_CAPTION].split())
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
+        return None
+    left = max(x, 0.0)
+    top = max(y, 0.0)
+    w = min(x + w, width) - left
+    h = min(y + h, height) - top
+    if w > 0 and h > 0 and text:
+        return left, top, w, h, text
+    return None
+
+
+def turn_box(x, y, w, h, width, height, turn):
+    """A box (x, y, w, h) of an image stored as width x height, where EXIF orientation turns it."""
+    if turn in (2, 3, 7, 8):
+        x = width - x - w
+    if turn in (3, 4, 6, 7):
+        y = height - y - h
+    if turn >= 5:
+        return y, x, h, w
+    return x, y, w, h
+
+
+# ---- views: images -> uint8 (3, S, S) ----
+
+def to_chw(image, flip=False):
+    """An RGB image, mirrored or not -> uint8 (3, H, W), read-only: a view of the pixels' bytes."""
     if flip:
         image = ImageOps.mirror(image)
-    return np.frombuffer(image.tobytes(), np.uint8).reshape(image.height, image.width, 3).transpose(2, 0, 1)
+    pixels = np.frombuffer(image.tobytes(), np.uint8)
+    return pixels.reshape(image.height, image.width, 3).transpose(2, 0, 1)
 
 
-def squash(image, size, rng=None, flip=False, full=346 / 289):
-    """ALIGN's view (paper s5): both sides to full * `size`, then a crop, random with rng, central without. -> uint8 (3, size, size).
+def resize_and_crop(image, size, rng=None, flip=False, full=346 / 289):
+    """ALIGN's view (paper s5): both sides to full * size, then a crop, random or (no rng) central.
 
-    Squash and crop are one resize of the crop's box, so nothing outside it is computed.
+    One resize of the crop's box: nothing outside it is computed.
     """
-    full = round(size * full)
-    x, y = (int(rng.integers(full - size + 1)) if rng is not None else (full - size) // 2 for _ in "xy")
-    sx, sy = image.width / full, image.height / full
-    view = image.resize((size, size), Image.BILINEAR, box=(x * sx, y * sy, (x + size) * sx, (y + size) * sy))
-    return planes(view, rng is not None and flip and rng.random() < 0.5)
+    full_size = round(size * full)
+    if rng is None:
+        x = (full_size - size) // 2
+        y = x
+    else:
+        x = int(rng.integers(full_size - size + 1))
+        y = int(rng.integers(full_size - size + 1))
+        flip = flip and rng.random() < 0.5
+    x_scale = image.width / full_size
+    y_scale = image.height / full_size
+    box = (x * x_scale, y * y_scale, (x + size) * x_scale, (y + size) * y_scale)
+    return to_chw(image.resize((size, size), Image.BILINEAR, box=box), flip and rng is not None)
 
 
 def random_box(rng, width, height, scale, ratio=(3 / 4, 4 / 3)):
-    """(x, y, w, h) of a random resized crop (torchvision's): area in (scale, 1) of the image's, sides in `ratio`; central after ten misses."""
+    """(x, y, w, h) of a random resized crop (torchvision's); central after ten misses.
+
+    Its area is in (scale, 1) of the image's, its sides in `ratio`.
+    """
     for _ in range(10):
-        area, r = width * height * rng.uniform(scale, 1), np.exp(rng.uniform(*np.log(ratio)))
-        w, h = round((area * r) ** 0.5), round((area / r) ** 0.5)
+        area = width * height * rng.uniform(scale, 1)
+        aspect = np.exp(rng.uniform(*np.log(ratio)))
+        w = round((area * aspect) ** 0.5)
+        h = round((area / aspect) ** 0.5)
         if 0 < w <= width and 0 < h <= height:
-            return int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1)), w, h
-    w, h = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))
+            x = int(rng.integers(0, width - w + 1))
+            y = int(rng.integers(0, height - h + 1))
+            return x, y, w, h
+    w = min(width, round(height * ratio[1]))
+    h = min(height, round(width / ratio[0]))
     return (width - w) // 2, (height - h) // 2, w, h
 
 
 def crop(image, box, size, flip=False):
     """The box (x, y, w, h) of an image, bicubic -> uint8 (3, size, size)."""
     x, y, w, h = box
-    return planes(image.resize((size, size), Image.BICUBIC, box=(x, y, x + w, y + h)), flip)
+    return to_chw(image.resize((size, size), Image.BICUBIC, box=(x, y, x + w, y + h)), flip)
 
 
-def centre(image, size):
-    """The usual evaluation view: short side to `size`, bicubic, central square. -> uint8 (3, size, size)."""
+def center_crop(image, size):
+    """The usual evaluation view: short side to `size`, bicubic, central square."""
     short = min(image.size)
-    return crop(image, ((image.width - short) / 2, (image.height - short) / 2, short, short), size)
+    box = ((image.width - short) / 2, (image.height - short) / 2, short, short)
+    return crop(image, box, size)
 
 
-# ---- which sample at which step ----
+# ---- order: which sample at which step ----
 
-class Plan:
-    """Order of the samples: shards permuted with (seed, epoch), shuffled in windows of `window` shards, cut into global batches, tail dropped.
+WINDOW = 64  # shards among which samples are shuffled
 
-    The batch at a step depends on (seed, step, batch) alone, so resuming costs nothing. starts: first sample of each shard, and their number.
+
+class ShuffledOrder:
+    """Order of the samples of an epoch: shards permuted, samples shuffled inside windows of shards,
+    cut into global batches, the tail dropped.
+
+    The batch at a step depends on (seed, step, batch) alone, so that resuming costs nothing and any
+    number of ranks sees the same. starts: first sample of each shard, and the number of samples.
     """
-    def __init__(self, starts, batch, seed, window):
-        self.starts, self.batch, self.seed, self.window, self.n = starts, batch, seed, max(1, window), int(starts[-1])
+
+    def __init__(self, starts, batch, seed):
+        self.starts = starts
+        self.batch = batch
+        self.seed = seed
+        self.n = int(starts[-1])
         if batch > self.n:
             raise UserError(f"--batch {batch} is larger than the data ({self.n} samples)")
-        self.steps_per_epoch, self.cached = self.n // batch, {}
+        self.steps_per_epoch = self.n // batch
+        self.last_epoch = (None, None)  # epoch, what _shards gives for it
+        self.last_window = (None, None)  # (epoch, window), its shuffled samples
 
-    def remember(self, key, make):
-        if (found := self.cached.get(key)) is None:          # threads may share a plan: at worst two of them make the same
-            if len(self.cached) > 8:
-                self.cached.clear()
-            found = self.cached[key] = make()
-        return found
-
-    def shards(self, epoch):
-        """Permuted shards, and the position in the epoch at which each window ends."""
-        order = rng_for(1, self.seed, epoch).permutation(len(self.starts) - 1)
-        ends = np.cumsum(np.diff(self.starts)[order])
-        return order, np.append(ends[self.window - 1:-1:self.window], ends[-1])
-
-    def shuffled(self, epoch, w):
-        order, _ = self.remember((epoch,), lambda: self.shards(epoch))
-        ids = np.concatenate([np.arange(self.starts[s], self.starts[s + 1]) for s in order[w * self.window:(w + 1) * self.window]])
-        rng_for(2, self.seed, epoch, w).shuffle(ids)
-        return ids
-
-    def sample(self, epoch, position):
-        _, ends = self.remember((epoch,), lambda: self.shards(epoch))
-        w = int(np.searchsorted(ends, position, side="right"))
-        ids = self.remember((epoch, w), lambda: self.shuffled(epoch, w))
-        return int(ids[position - (ends[w - 1] if w else 0)])
+    def __call__(self, step, row):
+        """Sample in a row of the global batch of a step."""
+        return self.sample(*self.position(step, row))
 
     def position(self, step, row):
         """(epoch, position in it) of a row of the global batch of a step."""
-        return step // self.steps_per_epoch, step % self.steps_per_epoch * self.batch + row
+        epoch = step // self.steps_per_epoch
+        return epoch, step % self.steps_per_epoch * self.batch + row
+
+    def sample(self, epoch, position):
+        _, ends = self._shards(epoch)
+        window = int(np.searchsorted(ends, position, side="right"))
+        start = ends[window - 1] if window else 0
+        return int(self._samples(epoch, window)[position - start])
+
+    def _shards(self, epoch):
+        """The permuted shards, and the position at which each window of them ends."""
+        key, shards = self.last_epoch
+        if key != epoch:
+            order = common.rng(Stream.SHARDS, self.seed, epoch).permutation(len(self.starts) - 1)
+            ends = np.cumsum(np.diff(self.starts)[order])
+            shards = order, np.append(ends[WINDOW - 1:-1:WINDOW], ends[-1])
+            self.last_epoch = epoch, shards
+        return shards
+
+    def _samples(self, epoch, window):
+        key, samples = self.last_window
+        if key != (epoch, window):
+            order, _ = self._shards(epoch)
+            shards = order[window * WINDOW:(window + 1) * WINDOW]
+            samples = np.concatenate([np.arange(*self.starts[s:s + 2]) for s in shards])
+            common.rng(Stream.WINDOW, self.seed, epoch, window).shuffle(samples)
+            self.last_window = (epoch, window), samples
+        return samples
 
 
-class Rows:
-    """A source of training rows: samples of an index in the order of a plan, made by example(sample, rng) -> {name: numpy array}.
+# ---- batches ----
 
-    example may raise Skip. A position that cannot be read is filled by the next one of the epoch that can, so nothing shifts. rng depends on
-    (seed, epoch, sample) alone.
+class TrainingSet:
+    """Training rows: samples of an index in a ShuffledOrder, each made by example(sample, rng).
+
+    example gives {name: numpy array} and may raise Skip. A sample that cannot be used is replaced
+    by the next one of the epoch that can, so no other row moves. rng depends on (seed, epoch,
+    sample) alone.
     """
-    def __init__(self, index, plan, example):
-        self.index, self.plan, self.example = index, plan, example
+
+    def __init__(self, index, order, example):
+        self.index = index
+        self.order = order
+        self.example = example
 
     def __call__(self, step, row, skipped):
-        epoch, position = self.plan.position(step, row)
-        for p in range(position, position + self.plan.n):
-            i = self.plan.sample(epoch, p % self.plan.n)
+        """The row of the global batch of a step; skipped {reason: count} is counted up."""
+        epoch, position = self.order.position(step, row)
+        for p in range(position, position + self.order.n):
+            i = self.order.sample(epoch, p % self.order.n)
+            rng = common.rng(Stream.SAMPLE, self.order.seed, epoch, i)
             try:
-                sample = self.index[i]
-                made = self.example(sample, rng_for(3, self.plan.seed, epoch, i))
-                skipped["caption not UTF-8"] += sample.damaged_text
-                return made
+                return self.example(self.index[i], rng)
             except Skip as reason:
                 skipped[str(reason)] += 1
-        raise UserError(f"none of the {self.plan.n} samples can be used ({dict(skipped)}): python data.py check tells more")
+        counts = ", ".join(f"{n} {reason}" for reason, n in skipped.items() if n)
+        raise UserError(f"none of the {self.order.n} samples can be used ({counts}): "
+                        "python data.py check lists what is wrong")
 
 
-def open_index(paths):                                       # their Index, made by rank 0 if it is not cached; the others find it done
-    return common.rank0_first(lambda: Index(paths))
+def n_second_kind(rows, share):
+    """How many of the first `rows` rows of a global batch are of the second kind."""
+    return int(rows * share + 1e-9)
 
 
-def indices_of(*patterns):                                   # the Index of each set of training shards, None where there is none
-    return [p and open_index(expand(p)) for p in patterns]
+def two_sources(cfg, indices, share, example):
+    """Training sets of two kinds of rows for BatchDataset, and the share of the second kind.
 
-
-def mixture(cfg, indices, share, example):
-    """Sources of two kinds of rows for Batches, and the share of the second kind: 1 (0) where only that (the other) is given."""
-    share = share if all(indices) else float(bool(indices[1]))
-    counts = shares(cfg.batch, share)
-    return [Rows(index, Plan(index.starts, n, cfg.seed + i, cfg.window), example) if n else None
-            for i, (index, n) in enumerate(zip(indices, counts))], share
+    indices: of the two kinds, None where there are no data; then all rows are of the other kind.
+    """
+    if indices[0] is None:
+        share = 1.0
+    if indices[1] is None:
+        share = 0.0
+    n_second = n_second_kind(cfg.batch, share)
+    sources = []
+    for i, n in enumerate((cfg.batch - n_second, n_second)):
+        source = None
+        if n > 0:
+            order = ShuffledOrder(indices[i].starts, n, cfg.seed + i)
+            source = TrainingSet(indices[i], order, example)
+        sources.append(source)
+    return sources, share
 
 
 def stack(rows):
@@ -555,981 +1000,1938 @@ def stack(rows):
     return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
 
 
-def shares(batch, share):
-    """How many rows of a global batch are of the first and of the second kind: row i is of the second iff floor((i+1)p) > floor(ip)."""
-    second = int(batch * share + 1e-9)
-    return batch - second, second
+class BatchDataset(torch.utils.data.Dataset):
+    """Item `step`: collate(this rank's rows of the step's global batch), and "skipped", counts in
+    the order of REASONS. A batch that cannot be made is {"error": line}.
 
-
-class Batches(torch.utils.data.Dataset):
-    """Item `step`: this rank's rows of the step's global batch, collate(rows), and "skipped", counts in the order of REASONS.
-
-    sources: one Rows, whose plan cuts whole global batches, or two, whose plans' batches are shares(batch, share); either may be None where it
-    has no rows.
+    sources: one TrainingSet, or two, whose rows alternate evenly so that `share` of the global
+    batch is of the second; either may be None where it has no rows.
     """
-    def __init__(self, sources, batch, rank=0, world=1, share=0.0, collate=stack):
-        self.sources, self.share, self.collate = sources, share, collate
-        self.rows = range(rank * batch // world, (rank + 1) * batch // world)
+
+    def __init__(self, sources, batch, rank=0, world_size=1, share=0.0, collate=stack):
+        self.sources = sources
+        self.share = share
+        self.collate = collate
+        self.rows = range(rank * batch // world_size, (rank + 1) * batch // world_size)
 
     def __getitem__(self, step):
-        skipped, rows = collections.Counter(), []
+        skipped = dict.fromkeys(REASONS, 0)
+        rows = []
         try:
             for row in self.rows:
-                before = int(row * self.share + 1e-9)        # rows of the second kind among the earlier ones
-                second = int((row + 1) * self.share + 1e-9) > before
-                rows.append(self.sources[second](step, before if second else row - before, skipped))
-        except UserError as error:                           # an exception would reach the main process wrapped in a traceback
+                n_second = n_second_kind(row, self.share)  # among the rows before
+                if n_second_kind(row + 1, self.share) > n_second:
+                    rows.append(self.sources[1](step, n_second, skipped))
+                else:
+                    rows.append(self.sources[0](step, row - n_second, skipped))
+        except UserError as error:  # raised here it would reach the main process as a traceback
             return {"error": str(error)}
-        return {**self.collate(rows), "skipped": torch.tensor([skipped[r] for r in REASONS])}
-
-
-def _begin_worker(_):
-    for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):    # the run finishes its step and ends its workers itself
-        signal.signal(s, signal.SIG_IGN)
-    with contextlib.suppress(AttributeError):                # glibc: what a batch frees stays for the next one, instead of coming anew page by page
-        for threshold, size in ((-1, 2 ** 30), (-3, 2 ** 25)):                                   # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(threshold, size)
-
-
-class Loader:
-    """Iterator over Batches from step `first` on, made in order by --workers processes (0: in this one), a few ahead."""
-    def __init__(self, batches, first, cfg, device):
-        workers = cfg.workers if cfg.workers is not None else max(1, min(16, common.cores() - 1))
-        ahead = {"prefetch_factor": 2, "worker_init_fn": _begin_worker} if workers else {}
-        loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(first, cfg.steps), num_workers=workers,
-                                             pin_memory=device.type == "cuda", **ahead)
-        self.iterator = iter(loader)
-        with contextlib.suppress(ValueError):                # torch would raise in the middle of a step; the next batch tells of a dead worker too
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        atexit.register(self.close)                          # before multiprocessing's own hook, which would wait for workers deaf to SIGTERM
-
-    def __next__(self):
-        try:
-            batch = next(self.iterator)
-        except (RuntimeError, OSError, EOFError):            # torch's word for a dead worker, or a connection to it that broke before torch knew
-            for w in getattr(self.iterator, "_workers", ()):
-                w.join(0.2)
-                if w.exitcode:
-                    raise UserError(f"a loader worker died (exit code {w.exitcode}): less --workers need less memory") from None
-            raise
-        if "error" in batch:
-            raise UserError(batch["error"])
+        batch = self.collate(rows)
+        batch["skipped"] = torch.tensor(list(skipped.values()))
         return batch
 
-    def close(self):
-        workers = getattr(self.iterator, "_workers", ())
-        self.iterator = None                                 # its destructor tells the workers to end and joins them
-        for w in workers:                                    # one that hangs, after another was killed, is deaf to the SIGTERM of multiprocessing too
-            w.kill()
-        atexit.unregister(self.close)
+
+PREFETCH = 2  # batches that each worker makes ahead
+
+
+def ignore_signals(worker):
+    """A signal to the whole group must not end the workers before the run has been saved."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def check_shared_memory(batch, workers):
+    """UserError if the batches that workers make ahead do not fit into /dev/shm: all would hang."""
+    folder = "/dev/shm"
+    if not os.path.isdir(folder):  # macOS
+        return
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this machine
+    n_bytes = sum(x.nbytes for x in batch.values() if isinstance(x, torch.Tensor))
+    needed = n_bytes * (PREFETCH * workers + 3) * ranks  # two in use, and one as sizes vary
+    status = os.statvfs(folder)
+    free = status.f_bavail * status.f_frsize
+    if needed > free:
+        raise UserError(f"{folder} has {free / 2**20:.1f} MiB free, the batches of {workers} "
+                        f"loader worker(s) need {needed / 2**20:.1f}: give --workers 0 or fewer "
+                        "workers, or make it larger (docker run --shm-size 8g)")
+
+
+def loader(dataset, start_step, steps, workers, device):
+    """Iterator over the batches of steps start_step ... steps - 1, on the device.
+
+    workers: processes that make them, a few ahead; 0: this one; None: as many as cores but one. A
+    batch also holds "skipped" (counts, on the CPU) and "data_wait" (seconds it was waited for).
+    close() ends the workers. Raises UserError if a batch cannot be made or a worker has died.
+    """
+    if workers is None:
+        workers = max(1, min(16, common.cpu_count() - 1))
+    start = time.perf_counter()
+    first = []
+    options = {}
+    if start_step < steps:
+        first.append(dataset[start_step])  # made here: the workers' memory depends on its size
+    if first and workers:
+        check_shared_memory(first[0], workers)
+        options = {"num_workers": workers, "worker_init_fn": ignore_signals,
+                   "prefetch_factor": PREFETCH}
+    others = torch.utils.data.DataLoader(
+        dataset, batch_size=None, sampler=range(start_step + 1, steps),
+        pin_memory=device.type == "cuda", **options)
+    batches = deliver(itertools.chain(first, iter(others)), device, start)
+    # after an exception Python would wait for ever for the workers, which ignore its TERM
+    atexit.register(batches.close)
+    return batches
+
+
+def deliver(batches, device, start):
+    """The batches on the device, with the time that each was waited for (the first since start)."""
+    try:
+        for batch in batches:
+            if "error" in batch:
+                raise UserError(batch["error"])
+            skipped = batch.pop("skipped")
+            batch = {name: x.to(device, non_blocking=True) for name, x in batch.items()}
+            yield {**batch, "skipped": skipped, "data_wait": time.perf_counter() - start}
+            start = time.perf_counter()
+    except Exception as error:
+        is_torch = str(error).startswith("DataLoader worker (pid")
+        if is_torch or isinstance(error, (ConnectionError, EOFError)):  # before torch notices
+            raise UserError(f"a loader worker died ({str(error).strip()}): fewer --workers need "
+                            "less memory") from None
+        raise
 
 
 # ---- tokenizer ----
 
 class Tokenizer:
-    """Byte-level byte-pair encoding. Ids: the special tokens, then the 256 bytes, then the merges in the order they were learned.
+    """Byte-level byte-pair encoding. Ids: special tokens, 256 bytes, merges as they were learned.
 
-    Special tokens exist as ids only: no string in a text turns into one. Without merges it is a plain byte tokenizer.
+    Special tokens exist as ids only: no string in a text becomes one. Without merges it is a plain
+    byte tokenizer.
     """
     PAD, BOS, EOS, MASK, SOI, EOI, IMG, UNUSED = SPECIAL = range(8)
-    WORDS = re.compile(r" ?\w{1,64}| ?[^\w\s]{1,64}|\s")    # every character belongs to exactly one piece; merging is quadratic in its length
+    FIRST_BYTE = len(SPECIAL)
+    FIRST_MERGE = FIRST_BYTE + 256
+    # each character belongs to exactly one word; bounded, since merging is quadratic in the length
+    WORDS = re.compile(r" ?\w{1,64}| ?[^\w\s]{1,64}|\s")
 
     def __init__(self, merges=()):
-        self.merges = [tuple(m) for m in merges]
-        self.first_byte = len(self.SPECIAL)
-        self.vocab_size = self.first_byte + 256 + len(self.merges)
-        self.rank = {m: self.first_byte + 256 + i for i, m in enumerate(self.merges)}
-        self.bytes = [b""] * self.first_byte + [bytes([i]) for i in range(256)]
+        self.merges = [tuple(pair) for pair in merges]
+        self.vocab_size = self.FIRST_MERGE + len(self.merges)
+        self.merge_id = {pair: self.FIRST_MERGE + i for i, pair in enumerate(self.merges)}
+        self.bytes = [b""] * self.FIRST_BYTE + [bytes([i]) for i in range(256)]  # of each id
         for a, b in self.merges:
             self.bytes.append(self.bytes[a] + self.bytes[b])
-        self.cache = {}
+        self.cache = {}  # ids of a word
 
     @classmethod
     def train(cls, texts, vocab_size):
-        """Merge the most frequent neighbouring pair (on ties the smaller ids) until vocab_size ids exist or no pair occurs twice."""
-        first = len(cls.SPECIAL)
-        counts = collections.Counter(w for text in texts for w in cls.WORDS.findall(text))
-        words = [([first + b for b in w.encode("utf-8", "surrogatepass")], n) for w, n in sorted(counts.items())]
-        pairs, where = collections.Counter(), collections.defaultdict(set)
+        """Merge the most frequent pair of neighbors, on ties the one with the smaller ids, until
+        there are vocab_size ids or no pair occurs twice."""
+        counts = collections.Counter()
+        for text in texts:
+            counts.update(cls.WORDS.findall(text))
+        words = [(cls.byte_ids(word), n) for word, n in sorted(counts.items())]
+        pair_counts = collections.Counter()
+        words_with = collections.defaultdict(set)  # numbers of the words that have a pair
         for i, (ids, n) in enumerate(words):
             for pair in zip(ids, ids[1:]):
-                pairs[pair] += n
-                where[pair].add(i)
-        heap, merges = [(-n, pair) for pair, n in pairs.items()], []
+                pair_counts[pair] += n
+                words_with[pair].add(i)
+        heap = [(-n, pair) for pair, n in pair_counts.items()]
         heapq.heapify(heap)
-        while heap and first + 256 + len(merges) < vocab_size:
+        merges = []
+        while heap and cls.FIRST_MERGE + len(merges) < vocab_size:
             n, pair = heapq.heappop(heap)
-            if -n != pairs[pair]:                            # an outdated entry: the pair's count has changed since and was pushed again
+            if -n != pair_counts[pair]:  # outdated: it was pushed again when its count changed
                 continue
             if -n < 2:
                 break
-            new, changed = first + 256 + len(merges), set()
+            new_id = cls.FIRST_MERGE + len(merges)
             merges.append(pair)
-            for i in where.pop(pair):
-                ids, times = words[i]
-                for old in zip(ids, ids[1:]):
-                    pairs[old] -= times
-                    changed.add(old)
-                ids[:] = cls.merge(ids, pair, new)
-                for now in zip(ids, ids[1:]):
-                    pairs[now] += times
-                    where[now].add(i)
-                    changed.add(now)
-            for p in changed - {pair}:
-                if pairs[p] > 0:
-                    heapq.heappush(heap, (-pairs[p], p))
+            changed = set()
+            for i in words_with.pop(pair):
+                ids, n = words[i]
+                for old_pair in zip(ids, ids[1:]):
+                    pair_counts[old_pair] -= n
+                    changed.add(old_pair)
+                ids[:] = cls.merge(ids, pair, new_id)
+                for new_pair in zip(ids, ids[1:]):
+                    pair_counts[new_pair] += n
+                    words_with[new_pair].add(i)
+                    changed.add(new_pair)
+            for other in changed:
+                if other != pair and pair_counts[other] > 0:
+                    heapq.heappush(heap, (-pair_counts[other], other))
         return cls(merges)
 
-    @staticmethod
-    def merge(ids, pair, new):
-        out, i = [], 0
-        while i < len(ids):
-            hit = i + 1 < len(ids) and ids[i] == pair[0] and ids[i + 1] == pair[1]
-            out.append(new if hit else ids[i])
-            i += 2 if hit else 1
-        return out
+    @classmethod
+    def byte_ids(cls, word):
+        # half of a surrogate pair, which JSON may hold, has no UTF-8 otherwise
+        return [cls.FIRST_BYTE + byte for byte in word.encode("utf-8", "surrogatepass")]
 
-    def word(self, w):
-        if w not in self.cache:
-            ids = [self.first_byte + b for b in w.encode("utf-8", "surrogatepass")]
+    @staticmethod
+    def merge(ids, pair, new_id):
+        """ids with each occurrence of the pair, from the left, replaced by new_id."""
+        merged = []
+        i = 0
+        while i < len(ids):
+            if tuple(ids[i:i + 2]) == pair:
+                merged.append(new_id)
+                i += 2
+            else:
+                merged.append(ids[i])
+                i += 1
+        return merged
+
+    def encode_word(self, word):
+        if word not in self.cache:
+            ids = self.byte_ids(word)
             while len(ids) > 1:
-                pair = min(zip(ids, ids[1:]), key=lambda p: self.rank.get(p, len(self.bytes)))
-                if pair not in self.rank:
+                # the pair that was learned first
+                pair = min(zip(ids, ids[1:]), key=lambda p: self.merge_id.get(p, self.vocab_size))
+                if pair not in self.merge_id:
                     break
-                ids = self.merge(ids, pair, self.rank[pair])
+                ids = self.merge(ids, pair, self.merge_id[pair])
             if len(self.cache) > 100_000:
                 self.cache.clear()
-            self.cache[w] = ids
-        return self.cache[w]
+            self.cache[word] = ids
+        return self.cache[word]
 
     def encode(self, text):
-        """Token ids of a text, without special tokens."""
-        return [i for w in self.WORDS.findall(text) for i in self.word(w)]
+        """Ids of a text, without special tokens."""
+        return [i for word in self.WORDS.findall(text) for i in self.encode_word(word)]
 
     def pad(self, text, length):
-        """bos + text + eos, cut so that the end token stays, padded to `length` -> (tokens int64, valid bool), numpy (length,)."""
+        """BOS, the text cut so that EOS fits, EOS, PAD -> tokens int64, valid bool, (length,)."""
         ids = [self.BOS, *self.encode(text)[:length - 2], self.EOS]
-        return np.array(ids + [self.PAD] * (length - len(ids))), np.arange(length) < len(ids)
+        tokens = np.full(length, self.PAD)
+        tokens[:len(ids)] = ids
+        return tokens, np.arange(length) < len(ids)
 
     def decode(self, ids):
-        """Text of token ids; special tokens and ids without a meaning vanish, bytes that are not UTF-8 become the replacement character."""
-        return b"".join(self.bytes[i] for i in map(int, ids) if i < len(self.bytes)).decode(errors="replace")
+        """Text of ids. Special tokens vanish; bytes that are not UTF-8 become U+FFFD."""
+        known = [self.bytes[int(i)] for i in ids if i < len(self.bytes)]
+        return b"".join(known).decode(errors="replace")
 
     def dumps(self):
-        return json.dumps({"type": "byte-level BPE", "special": len(self.SPECIAL), "merges": self.merges})
+        return json.dumps({"type": "byte-level BPE", "special": len(self.SPECIAL),
+                           "merges": self.merges})
 
     @classmethod
     def loads(cls, text, origin="vocabulary"):
+        """The tokenizer that dumps() wrote. UserError for anything else."""
         try:
             fields = json.loads(text)
-            assert fields["special"] == len(cls.SPECIAL)
-            assert all(len(cls.SPECIAL) <= i < len(cls.SPECIAL) + 256 + k for k, m in enumerate(fields["merges"]) for i in m)
+            if fields["special"] != len(cls.SPECIAL):
+                raise ValueError("other special tokens")
+            for k, (a, b) in enumerate(fields["merges"]):
+                if min(a, b) < cls.FIRST_BYTE or max(a, b) >= cls.FIRST_MERGE + k:
+                    raise ValueError("a merge of unknown ids")
             return cls(fields["merges"])
-        except (ValueError, KeyError, TypeError, AssertionError, IndexError, RecursionError):
-            raise UserError(f"{origin} is not a vocabulary of ours: python data.py vocab makes one") from None
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise UserError(f"{origin} is not a vocabulary of ours: "
+                            "python data.py vocab makes one") from None
 
     def save(self, path):
-        with open(path + ".tmp", "w") as f:
-            f.write(self.dumps())
-        os.replace(path + ".tmp", path)
+        try:
+            with open(path + ".tmp", "w", encoding="utf-8") as f:
+                f.write(self.dumps())
+            os.replace(path + ".tmp", path)
+        except OSError as error:
+            raise UserError(f"{path} cannot be written ({error.strerror})") from None
 
     @classmethod
     def load(cls, path):
-        if not os.path.isfile(path):
-            raise UserError(f"--vocab {path}: no such file; python data.py vocab makes one")
-        with open(path, encoding="utf-8", errors="replace") as f:
-            return cls.loads(f.read(), path)
+        return cls.loads(read_text(path), path)
 
 
-def first_captions(index, most=100_000):
-    """Captions of the first samples, for training a vocabulary. Raises UserError if the first shard has none."""
-    found = []
-    for i in range(min(len(index), most)):
-        with contextlib.suppress(Skip):
+def first_captions(index, limit=100_000):
+    """Texts of the first samples, to train a vocabulary. UserError if the first shard has none."""
+    texts = []
+    first_shard = index.starts[index.starts > 0][0]  # its samples; shards may be empty
+    for i in range(min(len(index), limit)):
+        try:
             sample = index[i]
-            texts = sample.json.get("text_list") or sample.json.get("texts") or sample.captions()
-            found += [t for t in texts if isinstance(t, str)] if isinstance(texts, list) else []
-        if not found and i + 1 == index.starts[index.starts > 0][0]:
-            raise UserError(f"no caption in the first shard, {index.paths[0]}: a caption is KEY.txt or \"caption\" in KEY.json")
-    return found
+            if sample.is_document():
+                for name in ("text_list", "texts"):
+                    sentences = sample.json.get(name)
+                    if isinstance(sentences, list):
+                        texts += [text for text in sentences if isinstance(text, str)]
+            else:
+                texts += sample.captions()
+        except Skip:
+            pass
+        if not texts and i + 1 == first_shard:
+            raise UserError(f"no caption in the first shard, {index.paths[0]}: a caption is "
+                            'KEY.txt or "caption" in KEY.json')
+    return texts
 
 
-def vocabulary(cfg, index, state, names=()):
-    """The run's tokenizer: from its checkpoint, from --vocab, or trained by rank 0 on the first captions (and class names) into out/vocab.json."""
-    if state:
-        return Tokenizer.loads(state["vocab"])
-    path = cfg.vocab or os.path.join(cfg.out, "vocab.json")
-    if not cfg.vocab and common.rank() == 0:
-        Tokenizer.train((first_captions(index) if index else []) + list(names), cfg.vocab_size).save(path)
+def make_tokenizer(cfg, index, vocab, names=()):
+    """The tokenizer of a run.
+
+    vocab: text from a checkpoint, or None; then from --vocab, or else trained by rank 0 on the
+    first captions of the index and on (class) names, into out/vocab.json. UserError if --vocab is
+    not the checkpoint's, and if it has more ids than --vocab-size.
+    """
+    if vocab is not None:
+        tokenizer = Tokenizer.loads(vocab)
+        if cfg.vocab and Tokenizer.load(cfg.vocab).merges != tokenizer.merges:
+            raise UserError(f"--vocab {cfg.vocab} is not the vocabulary of the checkpoint, whose "
+                            "ids mean other words: leave it out")
+        return tokenizer
+    path = cfg.vocab
+    if not path:
+        path = os.path.join(cfg.out, "vocab.json")
+        common.on_main_process(functools.partial(train_tokenizer, cfg, index, names, path))
     tokenizer = Tokenizer.load(path)
     if tokenizer.vocab_size > cfg.vocab_size:
-        raise UserError(f"--vocab {path} has {tokenizer.vocab_size} ids, more than --vocab-size {cfg.vocab_size}: "
-                        f"give --vocab-size {tokenizer.vocab_size}")
+        raise UserError(f"--vocab {path} has {tokenizer.vocab_size} ids, more than --vocab-size "
+                        f"{cfg.vocab_size}: give --vocab-size {tokenizer.vocab_size}")
     return tokenizer
 
 
-def with_world(cfg, **fields):
-    """cfg, with the built-in world as its data where none is given. fields: the part of the world that each field takes, else data="pairs"."""
-    for pattern in cfg.val or ():
-        expand(pattern, "test")                              # a mistyped --val is told now, not after the last step
-    if any(getattr(cfg, field, None) for field in ("data", "docs", "labels")):
-        return cfg
-    fields = fields or {"data": "pairs"}
-    folder = common.rank0_first(lambda: make_world(parts=tuple(dict.fromkeys(("pairs", "labels", *fields.values())))))
-    print0(f"demo on the built-in world in {folder}; --{' --'.join(fields)} takes your shards")
-    return dataclasses.replace(cfg, **{field: [f"{folder}/{part}"] for field, part in fields.items()},
-                               val=cfg.val or [f"{folder}/pairs", f"{folder}/labels"])
+def train_tokenizer(cfg, index, names, path):
+    texts = first_captions(index) if index is not None else []
+    Tokenizer.train([*texts, *names], cfg.vocab_size).save(path)
 
 
-# ---- the built-in world: scenes of simple objects, small enough for a laptop, rich enough that every method here shows a result ----
+# ---- toy data: small scenes of simple objects, rich enough to show each method at work ----
 
-GENERATOR, SIDE, MARGIN = 2, 64, 7     # raise the first with any change below: folder names depend on it; the margin survives a crop of 8 %
-COLOURS = {"red": (225, 30, 35), "pink": (255, 125, 190), "yellow": (245, 220, 30), "green": (35, 165, 50),      # no word that may follow
-           "cyan": (50, 210, 225), "blue": (40, 70, 235), "purple": (145, 45, 190), "white": (250, 250, 250)}    # "a" starts with a vowel
-GROUNDS = {"grey": (112, 112, 114), "brown": (112, 84, 60), "dark": (52, 52, 58), "khaki": (92, 98, 60)}         # muted: no object's colour
-TURN, SPIKES = np.linspace(0, 2 * np.pi, 60, endpoint=False), np.array([0.52, 0.22] * 5)
-CIRCLE = 0.5 + 0.5 * np.sin(TURN), 0.5 - 0.5 * np.cos(TURN)
-OUTLINES = {                                                           # x, y of polygons in the unit square; index + 1 is the mask's value
-    "circle": CIRCLE, "square": ((0.06, 0.94, 0.94, 0.06), (0.06, 0.06, 0.94, 0.94)), "triangle": ((0.5, 1, 0), (0.03, 0.97, 0.97)),
-    "star": (0.5 + SPIKES * np.sin(TURN[::6]), 0.52 - SPIKES * np.cos(TURN[::6])), "bar": ((0, 1, 1, 0), (0.34, 0.34, 0.66, 0.66)),
-    "cross": ((.33, .67, .67, 1, 1, .67, .67, .33, .33, 0, 0, .33), (0, 0, .33, .33, .67, .67, 1, 1, .67, .67, .33, .33)), "ring": CIRCLE,
-    "pillar": ((0.34, 0.66, 0.66, 0.34), (0, 0, 1, 1))}
-RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
-PLACES = (" at the top left", " at the top", " at the top right", " on the left", " in the middle", " on the right",
-          " at the bottom left", " at the bottom", " at the bottom right")       # with a blank before, as some objects have none
-PAIRS = [(colour, shape) for colour in COLOURS for shape in OUTLINES]  # class number = place in this list
-UNSEEN = [(colour, list(OUTLINES)[(3 * i + 2) % 8]) for i, colour in enumerate(COLOURS)]     # each colour and shape once
+TOY_VERSION = 1  # raise it with any change below: folder names depend on it
+SIDE = 64  # of the images, in pixels
+MARGIN = 7  # around the objects: they survive a crop of 8 %
+COLORS = {"red": (225, 30, 35), "pink": (255, 125, 190), "yellow": (245, 220, 30),
+          "green": (35, 165, 50), "cyan": (50, 210, 225), "blue": (40, 70, 235),
+          "purple": (145, 45, 190), "white": (250, 250, 250)}  # each goes with "a", not "an"
+BACKGROUNDS = {"grey": (112, 112, 114), "brown": (112, 84, 60), "dark": (52, 52, 58),
+               "khaki": (92, 98, 60)}  # muted: unlike the color of any object
+TEXTURES = ("plain", "striped", "dotted")
+ANGLES = np.linspace(0, 2 * np.pi, 60, endpoint=False)
+CIRCLE = (0.5 + 0.5 * np.sin(ANGLES), 0.5 - 0.5 * np.cos(ANGLES))
+SPIKES = np.array([0.52, 0.22] * 5)  # radii
+SHAPES = {  # x, y of the corners of polygons in the unit square
+    "circle": CIRCLE,
+    "square": ((0.06, 0.94, 0.94, 0.06), (0.06, 0.06, 0.94, 0.94)),
+    "triangle": ((0.5, 1, 0), (0.03, 0.97, 0.97)),
+    "star": (0.5 + SPIKES * np.sin(ANGLES[::6]), 0.52 - SPIKES * np.cos(ANGLES[::6])),
+    "bar": ((0, 1, 1, 0), (0.34, 0.34, 0.66, 0.66)),
+    "cross": ((0.33, 0.67, 0.67, 1, 1, 0.67, 0.67, 0.33, 0.33, 0, 0, 0.33),
+              (0, 0, 0.33, 0.33, 0.67, 0.67, 1, 1, 0.67, 0.67, 0.33, 0.33)),
+    "ring": CIRCLE,
+    "pillar": ((0.34, 0.66, 0.66, 0.34), (0, 0, 1, 1)),
+}
+SHAPE_NAMES = list(SHAPES)  # place + 1 is the class in a mask
+PAIRS = list(itertools.product(COLORS, SHAPES))  # place is the class of an image
+# each color and each shape once; never in training
+UNSEEN = [(color, SHAPE_NAMES[(3 * i + 2) % 8]) for i, color in enumerate(COLORS)]
 SEEN = [pair for pair in PAIRS if pair not in UNSEEN]
-TEMPLATES = ("{c}", "a {c}", "a picture of a {c}", "one {c}", "a small {c}", "a large {c}")  # zero-shot prompts, in the captions' own words
-CHATTER = ("The weather was fine.", "Thank you for reading.", "We had coffee first.", "My brother likes music.", "The train was late.")
-BOILERPLATE = ("IMG_{:04d}.jpg", "DSC{:05d}", "image {}x480", "click to enlarge", "photo {} of 9999", "all rights reserved")
-PARTS = ("pairs", "labels", "docs")
-STREAMS = ("pairs/train", "pairs/test", "labels/train", "labels/test", "docs/train", "docs/test", "noise")      # independent random numbers
+RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+PLACES = (("at the top left", "at the top", "at the top right"),
+          ("on the left", "in the middle", "on the right"),
+          ("at the bottom left", "at the bottom", "at the bottom right"))
+TEMPLATES = ("{c}", "a {c}", "a picture of a {c}", "one {c}", "a small {c}", "a large {c}")
+CHATTER = ("The weather was fine.", "Thank you for reading.", "We had coffee first.",
+           "My brother likes music.", "The train was late.")
+BOILERPLATE = ("IMG_{:04d}.jpg", "DSC{:05d}", "image {}x480", "click to enlarge",
+               "photo {} of 9999", "all rights reserved")
+TOY_PARTS = ("pairs", "labels", "docs")
+TOY_STREAMS = ("pairs/train", "pairs/test", "labels/train", "labels/test", "docs/train",
+               "docs/test", "noise")  # each draws numbers of its own
 
 
-@functools.lru_cache(maxsize=None)                                     # some 200 combinations, each drawn once per process
+@dataclasses.dataclass
+class Thing:
+    """An object of a scene. x, y, w, h: its tight box, in pixels."""
+    color: str
+    shape: str
+    size: str
+    texture: str
+    x: int
+    y: int
+    w: int
+    h: int
+
+    @property
+    def name(self):
+        return f"{self.color} {self.shape}"
+
+    @property
+    def full_name(self):
+        if self.texture == "plain":
+            return f"{self.size} {self.name}"
+        return f"{self.size} {self.texture} {self.name}"
+
+    @property
+    def center(self):
+        return self.x + self.w / 2, self.y + self.h / 2
+
+    @property
+    def place(self):
+        """" at the top left", with a blank before it; "" where no place is clear."""
+        column, row = map(third, self.center)
+        if column is None or row is None:
+            return ""
+        return f" {PLACES[row][column]}"
+
+
+@dataclasses.dataclass
+class Scene:
+    things: list  # the last one lies on top
+    background: str
+    image: Image.Image  # RGB
+    mask: Image.Image  # 0 background, 1 + number of the shape
+
+
+def third(x):
+    """0, 1, 2 for the first, second, last third of the image; None near a border of two."""
+    if x <= 26:
+        return 0
+    if 28 <= x <= 36:
+        return 1
+    if x >= 38:
+        return 2
+    return None
+
+
+@functools.lru_cache(maxsize=None)  # some 200 combinations, each drawn once per process
 def stencil(shape, side, texture):
-    """Coverage of the shape and of its darker texture (drawn 8 times larger, so both are smooth), and the hard mask."""
+    """Coverage of a shape, coverage of its darker texture, and its hard mask (side, side).
+
+    Drawn 8 times larger and reduced, so that edges are smooth.
+    """
     big = Image.new("L", (8 * side, 8 * side))
-    ImageDraw.Draw(big).polygon([(8 * side * x, 8 * side * y) for x, y in zip(*OUTLINES[shape])], fill=255)
+    draw = ImageDraw.Draw(big)
+    draw.polygon([(8 * side * x, 8 * side * y) for x, y in zip(*SHAPES[shape])], fill=255)
     if shape == "ring":
-        ImageDraw.Draw(big).ellipse([2 * side, 2 * side, 6 * side, 6 * side], fill=0)
-    y, x = np.mgrid[:8 * side, :8 * side] / 8 - side / 2               # final pixels, from the middle of the object
-    ink = {"plain": 0 * x, "striped": (x + y) % 5 < 2.3, "dotted": np.hypot((x + 2) % 4 - 2, (y + 2) % 4 - 2) < 1.3}[texture]
-    dark, cover = ImageChops.multiply(big, Image.fromarray((255 * ink).astype(np.uint8))), big.reduce(8)
-    return cover, dark.reduce(8), cover.point(lambda v: 255 * (v > 127))
+        draw.ellipse([2 * side, 2 * side, 6 * side, 6 * side], fill=0)
+    y, x = np.mgrid[:8 * side, :8 * side] / 8 - side / 2  # in pixels, from the middle of the shape
+    if texture == "striped":
+        ink = (x + y) % 5 < 2.3
+    elif texture == "dotted":
+        ink = np.hypot((x + 2) % 4 - 2, (y + 2) % 4 - 2) < 1.3
+    else:
+        ink = np.zeros_like(x)
+    dark = ImageChops.multiply(big, Image.fromarray((255 * ink).astype(np.uint8)))
+    cover = big.reduce(8)
+    return cover, dark.reduce(8), Image.fromarray(np.uint8(255) * (np.asarray(cover) > 127))
 
 
-def scene(rng, unseen=False, objects=None, pair=None):
-    """Objects of SEEN pairs, of UNSEEN ones or of the one given: things (last lines), ground (its name), image (RGB), mask (0 = ground)."""
-    n = 1 if pair else objects or (1 if rng.random() < 0.75 else int(rng.integers(2, 5)))
-    pool = [pair] if pair else UNSEEN if unseen else SEEN
-    chosen = [pool[i] for i in rng.permutation(len(pool))[:n]]         # all different, so "the red circle" is one object
-    fits = np.zeros(64, dtype=bool)
-    while not fits.any():                                              # 64 layouts at a time, until the boxes of one stay apart
-        large = rng.integers(0, 2, (64, n))                            # so in crowded scenes, which rarely fit, small objects prevail
-        sides = np.where(large, rng.integers(27, 32, (64, n)), rng.integers(17, 21, (64, n)))              # pixels
-        starts = (rng.choice((17, 32, 47), (2, 64, n)) - sides // 2).clip(MARGIN, SIDE - MARGIN - sides)           # nine places
-        clear = (starts[..., None, :] > (starts + sides)[..., None]).any(0)                # (64, n, n) [i, j]: j begins right of or below i
-        fits = (clear | clear.swapaxes(1, 2) | np.eye(n, dtype=bool)).all((1, 2))
-    ground, how = list(GROUNDS)[rng.integers(4)], [(2, 2), (5, 5), (32, 32), (1, 9), (9, 1)][rng.integers(5)]  # gradient, blobs, noise, bar
-    grid = np.array(GROUNDS[ground]) + rng.uniform(-22, 22, (*how, 1)) + rng.uniform(-10, 10, (*how, 3))
-    image = Image.fromarray(grid.clip(0, 255).astype(np.uint8)).resize((SIDE, SIDE), Image.NEAREST if 1 in how else Image.BICUBIC)
-    mask, things = Image.new("L", (SIDE, SIDE)), []
-    for (colour, shape), big, side, (x, y) in zip(chosen, large[fits][0], sides[fits][0].tolist(), starts[:, fits][:, 0].T.tolist()):
-        size, texture = ("small", "large")[big], ("plain", "plain", "striped", "dotted")[rng.integers(4)]
-        cover, dark, hard = stencil(shape, side, texture)
-        rgb = (np.array(COLOURS[colour]) * rng.uniform(0.85, 1.05)).clip(0, 255)
-        image.paste(tuple(rgb.astype(int).tolist()), (x, y), cover)
-        image.paste(tuple((0.6 * rgb).astype(int).tolist()), (x, y), dark)
-        mask.paste(1 + list(OUTLINES).index(shape), (x, y), hard)
-        left, top, right, bottom = np.add(hard.getbbox(), (x, y, x, y)).tolist()             # tight
-        cx, cy = (left + right) / 2, (top + bottom) / 2
-        column, row = ((c > 26) + (c >= 28) + (c > 36) + (c >= 38) for c in (cx, cy))        # 0, 2, 4: clear; 1, 3: between, unnamed
-        things.append(SimpleNamespace(
-            colour=colour, shape=shape, size=size, texture=texture, number=PAIRS.index((colour, shape)), name=f"{colour} {shape}",
-            full=f"{size} {colour} {shape}" if texture == "plain" else f"{size} {texture} {colour} {shape}",
-            place="" if column % 2 or row % 2 else PLACES[3 * (row // 2) + column // 2],
-            x=left, y=top, w=right - left, h=bottom - top, cx=cx, cy=cy))
-    return SimpleNamespace(things=things, ground=ground, image=image, mask=mask)
+def layout(rng, n):
+    """x, y, side (n,) of n squares that stay apart, centered near nine places.
+
+    Crowded layouts rarely fit, one in 4,000 for n = 4, so 64 are drawn at a time; and small squares
+    prevail in them.
+    """
+    while True:
+        is_large = rng.integers(0, 2, (64, n))
+        sides = np.where(is_large, rng.integers(27, 32, (64, n)), rng.integers(17, 21, (64, n)))
+        corners = rng.choice((17, 32, 47), (2, 64, n)) - sides // 2  # x, y
+        corners = corners.clip(MARGIN, SIDE - MARGIN - sides)
+        ends = corners + sides
+        # [try, i, j]: square i begins right of the end of square j, or below it
+        is_beyond = (corners[..., :, None] > ends[..., None, :]).any(0)
+        is_apart = is_beyond | is_beyond.swapaxes(1, 2) | np.eye(n, dtype=bool)
+        fits = is_apart.all((1, 2))
+        if fits.any():
+            k = int(fits.argmax())
+            return corners[0, k].tolist(), corners[1, k].tolist(), sides[k].tolist()
+
+
+def background(rng, name):
+    """A gradient, blobs, noise or bars around a color -> RGB image."""
+    shape = [(2, 2), (5, 5), (32, 32), (1, 9), (9, 1)][rng.integers(5)]
+    shade = rng.uniform(-22, 22, (*shape, 1)) + rng.uniform(-10, 10, (*shape, 3))
+    grid = (np.array(BACKGROUNDS[name]) + shade).clip(0, 255).astype(np.uint8)
+    resample = Image.NEAREST if 1 in shape else Image.BICUBIC
+    return Image.fromarray(grid).resize((SIDE, SIDE), resample)
+
+
+def make_scene(rng, n_objects=None, pair=None):
+    """A Scene of objects whose (color, shape) differ and are SEEN; or of one of the given pair."""
+    if pair is not None:
+        n_objects = 1
+    elif n_objects is None:
+        n_objects = 1 if rng.random() < 0.75 else int(rng.integers(2, 5))
+    pool = SEEN if pair is None else [pair]
+    pairs = [pool[i] for i in rng.permutation(len(pool))[:n_objects]]  # all different
+    squares = zip(*layout(rng, n_objects))  # x, y, side
+    name = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
+    image = background(rng, name)
+    mask = Image.new("L", (SIDE, SIDE))
+    things = [paint(rng, image, mask, *pair, *square) for pair, square in zip(pairs, squares)]
+    return Scene(things, name, image, mask)
+
+
+def paint(rng, image, mask, color, shape, x, y, side):
+    """Draw an object into a square of image and mask. -> Thing"""
+    texture = ("plain", "plain", "striped", "dotted")[rng.integers(4)]
+    cover, dark, hard = stencil(shape, side, texture)
+    rgb = (np.array(COLORS[color]) * rng.uniform(0.85, 1.05)).clip(0, 255)
+    image.paste(tuple(rgb.astype(int).tolist()), (x, y), cover)
+    image.paste(tuple((0.6 * rgb).astype(int).tolist()), (x, y), dark)
+    mask.paste(1 + SHAPE_NAMES.index(shape), (x, y), hard)
+    left, top, right, bottom = hard.getbbox()
+    size = "large" if side > 24 else "small"
+    return Thing(color, shape, size, texture, x + left, y + top, right - left, bottom - top)
 
 
 def relation(a, b):
-    """How a stands to b, None where neither direction clearly dominates; relation(b, a) is the opposite."""
-    dx, dy = a.cx - b.cx, a.cy - b.cy
-    return next((how for how, (ux, uy) in RELATIONS.items() if dx * ux + dy * uy > 1.5 * abs(dx * uy + dy * ux)), None)
+    """How a stands to b; None where no direction clearly dominates. That of b to a is opposite."""
+    dx = a.center[0] - b.center[0]
+    dy = a.center[1] - b.center[1]
+    for name, (ux, uy) in RELATIONS.items():
+        if dx * ux + dy * uy > 1.5 * abs(dx * uy + dy * ux):
+            return name
+    return None
 
 
-def captions(scene, rng):
-    """Four different true captions, from brief to detailed, at most 24 words. Of several objects they may name only some."""
-    order = [scene.things[i] for i in rng.permutation(len(scene.things))]
-    a, ground = order[0], f"on a {scene.ground} background"
-    if len(order) == 1:
-        brief = [f"a {a.name}", f"a picture of a {a.name}", f"one {a.name}"]
-        detailed = [f"a {a.size} {a.name}", f"one {a.name}{a.place}", f"a {a.name} {ground}", f"a {a.full}{a.place}",
-                    f"a {a.full}{a.place}, {ground}"]
+def pick(rng, options):
+    return options[int(rng.integers(len(options)))]
+
+
+def toy_captions(scene, rng):
+    """Four different true captions, two brief, two detailed, of at most 24 words.
+
+    Of several objects they may name only some.
+    """
+    things = [scene.things[i] for i in rng.permutation(len(scene.things))]
+    if len(things) == 1:
+        brief, detailed = captions_of_one(things[0], scene.background)
     else:
-        a, b = ([(a, b) for a in order for b in order if relation(a, b)] or [order])[0][:2]
-        every = [f"a {thing.name}" for thing in order]
-        both = f"a {a.full}{a.place} and " + (f"a {b.size} {b.name} {relation(b, a)} it" if relation(b, a) else f"a {b.full}{b.place}")
-        brief = [f"a {a.name}", f"a {b.name} and a {a.name}", f"a picture of {' and '.join(every[:rng.integers(2, len(every) + 1)])}"]
-        detailed = [f"{('two', 'three', 'four')[len(every) - 2]} objects: {', '.join(every[:-1])} and {every[-1]}",
-                    f"a {a.name} {relation(a, b) or 'with'} a {b.name}", both, f"{both}, {ground}"]
-    detailed = [d for d in dict.fromkeys(detailed) if d not in brief]  # a plain object between places makes some of them equal
-    return [options[i] for options in (brief, detailed) for i in sorted(rng.permutation(len(options))[:2])]
+        brief, detailed = captions_of_several(things, scene.background, rng)
+    # some are equal where a plain object stands at no clear place
+    detailed = [caption for caption in dict.fromkeys(detailed) if caption not in brief]
+    captions = []
+    for options in (brief, detailed):
+        captions += [options[i] for i in sorted(rng.permutation(len(options))[:2])]
+    return captions
 
 
-def questions(scene, rng):
-    """One yes / no question, one with a number, one with another answer; each has exactly one right answer."""
-    things, yes = scene.things, rng.random() < 0.5
-    a, b = (things[i] for i in rng.permutation(len(things))[[0, -1]])  # of a single object both, and no relation is asked
-    colours, shapes = [o.colour for o in things], [o.shape for o in things]
-    near = [f"{c} {s}" for c, s in SEEN if (c == a.colour or s == a.shape) and (c, s) not in zip(colours, shapes)]   # absent, half right
-    binary = [f"is there a {a.name if yes else near[rng.integers(len(near))]}?",
-              f"is the {a.name} {'large' if yes == (a.size == 'large') else 'small'}?"]
-    binary += 2 * [f"is the {a.name} {relation(a, b) if yes else relation(b, a)} the {b.name}?"] * (relation(a, b) is not None)
-    number = [("how many objects are there?", len(things)), (f"how many {a.colour} objects are there?", colours.count(a.colour))]
-    other = [(f"what size is the {a.name}?", a.size), (f"what pattern has the {a.name}?", a.texture)]
-    other += [(f"what colour is the {a.shape}?", a.colour)] * (shapes.count(a.shape) == 1)
-    other += [(f"what shape is the {a.colour} object?", a.shape)] * (colours.count(a.colour) == 1)
-    for how, (ux, uy) in RELATIONS.items():                            # asked only if nothing else stands on that side, not even askew
-        there = [o for o in things if (o.cx - a.cx) * ux + (o.cy - a.cy) * uy > 0]
-        other += 2 * [(f"what is {how} the {a.name}?", o.name) for o in there if len(there) == 1 and relation(o, a) == how]
-    chosen = [(binary[rng.integers(len(binary))], "yes" if yes else "no"), number[rng.integers(2)], other[rng.integers(len(other))]]
-    return [{"question": question, "answer": str(answer)} for question, answer in chosen]
+def captions_of_one(a, background):
+    ground = f"on a {background} background"
+    brief = [f"a {a.name}", f"a picture of a {a.name}", f"one {a.name}"]
+    detailed = [f"a {a.size} {a.name}", f"one {a.name}{a.place}", f"a {a.name} {ground}",
+                f"a {a.full_name}{a.place}", f"a {a.full_name}{a.place}, {ground}"]
+    return brief, detailed
 
 
-def document(rng, key):
-    """MMC4's json and 2-4 pictures: one or two sentences about each scene, among chatter and remarks on the first scene."""
-    texts, info, images = [], [], {}
+def captions_of_several(things, background, rng):
+    a, b = things[:2]
+    for pair in itertools.permutations(things, 2):
+        if relation(*pair):
+            a, b = pair
+            break
+    names = [f"a {thing.name}" for thing in things]
+    some = " and ".join(names[:rng.integers(2, len(names) + 1)])
+    count = ("two", "three", "four")[len(names) - 2]
+    if relation(b, a):
+        both = f"a {a.full_name}{a.place} and a {b.size} {b.name} {relation(b, a)} it"
+    else:
+        both = f"a {a.full_name}{a.place} and a {b.full_name}{b.place}"
+    how = relation(a, b)
+    if how is None:
+        how = "with"
+    brief = [f"a {a.name}", f"a {b.name} and a {a.name}", f"a picture of {some}"]
+    detailed = [f"{count} objects: {', '.join(names[:-1])} and {names[-1]}",
+                f"a {a.name} {how} a {b.name}",
+                both,
+                f"{both}, on a {background} background"]
+    return brief, detailed
+
+
+def toy_questions(scene, rng):
+    """[{"question", "answer"}]: one for yes or no, one for a number, one other.
+
+    Each has exactly one right answer.
+    """
+    things = scene.things
+    is_yes = rng.random() < 0.5
+    order = rng.permutation(len(things))
+    a = things[order[0]]
+    b = things[order[-1]]  # a itself if there is no other
+    questions = [
+        (pick(rng, yes_no_questions(things, a, b, is_yes, rng)), "yes" if is_yes else "no"),
+        pick(rng, number_questions(things, a)),
+        pick(rng, other_questions(things, a)),
+    ]
+    return [{"question": question, "answer": answer} for question, answer in questions]
+
+
+def yes_no_questions(things, a, b, is_yes, rng):
+    present = [(thing.color, thing.shape) for thing in things]
+    half_right = []  # absent, but with the color or the shape of a
+    for color, shape in SEEN:
+        if (color == a.color or shape == a.shape) and (color, shape) not in present:
+            half_right.append(f"{color} {shape}")
+    name = a.name if is_yes else pick(rng, half_right)
+    other_size = {"large": "small", "small": "large"}[a.size]
+    size = a.size if is_yes else other_size
+    questions = [f"is there a {name}?", f"is the {a.name} {size}?"]
+    if relation(a, b):
+        how = relation(a, b) if is_yes else relation(b, a)
+        questions += 2 * [f"is the {a.name} {how} the {b.name}?"]  # as likely as both others
+    return questions
+
+
+def number_questions(things, a):
+    n_of_color = sum(thing.color == a.color for thing in things)
+    return [("how many objects are there?", str(len(things))),
+            (f"how many {a.color} objects are there?", str(n_of_color))]
+
+
+def other_questions(things, a):
+    questions = [(f"what size is the {a.name}?", a.size),
+                 (f"what pattern has the {a.name}?", a.texture)]
+    if sum(thing.shape == a.shape for thing in things) == 1:
+        questions.append((f"what colour is the {a.shape}?", a.color))
+    if sum(thing.color == a.color for thing in things) == 1:
+        questions.append((f"what shape is the {a.color} object?", a.shape))
+    for name, (ux, uy) in RELATIONS.items():
+        on_that_side = []
+        for thing in things:
+            dx = thing.center[0] - a.center[0]
+            dy = thing.center[1] - a.center[1]
+            if dx * ux + dy * uy > 0:
+                on_that_side.append(thing)
+        # only if nothing else stands there, not even askew
+        if len(on_that_side) == 1 and relation(on_that_side[0], a) == name:
+            questions += 2 * [(f"what is {name} the {a.name}?", on_that_side[0].name)]
+    return questions
+
+
+def toy_document(rng, key):
+    """The files of a document as MMC4 has them, {suffix: value}: 2 to 4 pictures, one or two
+    sentences about each, among chatter and remarks on the first."""
+    texts = []
+    info = []
+    images = {}
+    first = None  # object of the first picture
     for i in range(rng.integers(2, 5)):
-        s = scene(rng)
-        first = s.things[0] if i == 0 else first
-        about, more = rng.permutation(captions(s, rng)).tolist()[:2]
-        aside = f"The {first.name} in the first picture was {first.size}." if i and rng.random() < 0.5 else str(rng.choice(CHATTER))
-        u, v = rng.random(2).tolist()                                  # where the aside and the second sentence about the picture stand
-        before = [aside] * (u < 0.4) + [f"Next comes {more}."] * (v < 0.25)
-        after = [f"We can see {more}."] * (v > 0.75) + [aside] * (u > 0.6)
-        info.append(dict(image_name=f"{key}.{i}.jpg", matched_text_index=len(texts + before), matched_sim=rng.integers(2000, 4000) / 1e4))
-        texts += before + [f"{about.capitalize()}."] + after
-        images[f"{i}.jpg"] = s.image
+        scene = make_scene(rng)
+        about, more = rng.permutation(toy_captions(scene, rng)).tolist()[:2]
+        if first is not None and rng.random() < 0.5:
+            aside = f"The {first.name} in the first picture was {first.size}."
+        else:
+            aside = pick(rng, CHATTER)
+        if first is None:
+            first = scene.things[0]
+        place_of_aside = rng.random()
+        place_of_more = rng.random()
+        if place_of_aside < 0.4:
+            texts.append(aside)
+        if place_of_more < 0.25:
+            texts.append(f"Next comes {more}.")
+        info.append({"image_name": f"{key}.{i}.jpg", "matched_text_index": len(texts),
+                     "matched_sim": rng.integers(2000, 4000) / 1e4})
+        texts.append(f"{about.capitalize()}.")
+        if place_of_more > 0.75:
+            texts.append(f"We can see {more}.")
+        if place_of_aside > 0.6:
+            texts.append(aside)
+        images[f"{i}.jpg"] = scene.image
     return {"json": {"text_list": texts, "image_info": info}, **images}
 
 
-def record(stream, number, seed=0, noise=0.0, scenes=20000):
-    """{suffix: image or what json can write}, a function of the arguments only, so that shards can be made in any order."""
-    rng = np.random.default_rng([seed, STREAMS.index(stream), number])
-    if stream.startswith("docs"):
-        return document(rng, f"{number:08d}")
-    s = scene(rng, objects=1 if stream == "labels/train" else None, pair=PAIRS[number % 64] if stream == "labels/test" else None)
-    label = {"cls": s.things[0].number} if len(s.things) == 1 else {}
-    if stream.startswith("labels"):
-        return {"jpg": s.image, **label}
-    texts, qa = captions(s, rng), questions(s, rng)
-    rng = np.random.default_rng([seed, STREAMS.index("noise"), number])                      # of its own: images do not depend on noise
-    if stream == "pairs/train" and rng.random() < noise:
-        other = record(stream, (number + int(rng.integers(1, max(scenes, 2)))) % scenes, seed, 0, scenes)["json"]["caption"]
-        texts = other if rng.random() < 0.5 else [str(rng.choice(BOILERPLATE)).format(rng.integers(100, 10000))]
-    boxes = [{"x": o.x, "y": o.y, "w": o.w, "h": o.h, "text": f"a {o.full}", "name": o.name} for o in s.things]
-    return {"jpg": s.image, "json": {"caption": texts, "boxes": boxes, "qa": qa}, **label, "seg.png": s.mask}
+def toy_record(stream, number, seed=0, noise=0.0, scenes=20_000):
+    """{suffix: image or what JSON can hold}, a function of the arguments alone."""
+    part, split = stream.split("/")
+    rng = common.rng(Stream.TOY, seed, TOY_STREAMS.index(stream), number)
+    if part == "docs":
+        return toy_document(rng, f"{number:08d}")
+    if part == "labels" and split == "train":
+        scene = make_scene(rng, n_objects=1)
+    elif part == "labels":
+        scene = make_scene(rng, pair=PAIRS[number % len(PAIRS)])
+    else:
+        scene = make_scene(rng)
+    record = {"jpg": scene.image}
+    if len(scene.things) == 1:
+        thing = scene.things[0]
+        record["cls"] = PAIRS.index((thing.color, thing.shape))
+    if part == "labels":
+        return record
+    captions = toy_captions(scene, rng)
+    questions = toy_questions(scene, rng)
+    if split == "train":
+        captions = noisy_captions(captions, number, seed, noise, scenes)
+    boxes = []
+    for thing in scene.things:
+        boxes.append({"x": thing.x, "y": thing.y, "w": thing.w, "h": thing.h,
+                      "text": f"a {thing.full_name}", "name": thing.name})
+    record["json"] = {"caption": captions, "boxes": boxes, "qa": questions}
+    record["seg.png"] = scene.mask
+    return record
 
 
-def write_shard(path, stream, numbers, **world):
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for number in numbers:
-            for suffix, value in record(stream, number, **world).items():
-                raw = io.BytesIO()
-                if isinstance(value, Image.Image):
-                    value.save(raw, "PNG" if suffix == "seg.png" else "JPEG", quality=90)
-                else:
-                    raw.write(json.dumps(value).encode())
-                add(tar, f"{number:08d}.{suffix}", raw.getvalue())
+def noisy_captions(captions, number, seed, noise, scenes):
+    """The captions, or with probability `noise` those of another scene or boilerplate."""
+    rng = common.rng(Stream.TOY, seed, TOY_STREAMS.index("noise"), number)
+    if rng.random() >= noise:
+        return captions
+    if rng.random() < 0.5:
+        other = (number + int(rng.integers(1, max(scenes, 2)))) % scenes
+        return toy_record("pairs/train", other, seed)["json"]["caption"]
+    return [pick(rng, BOILERPLATE).format(rng.integers(100, 10_000))]
 
-
-def make_world(root="runs", scenes=20000, documents=4000, seed=0, noise=0.0, parts=("pairs", "labels")):
-    """Folder of the world that the arguments describe; a part that is missing is made and appears only when complete."""
-    sizes = {"pairs": (1000, scenes, 500), "labels": (1000, 2000, 16 * 64), "docs": (500, documents, 200)}       # a shard, train, test
-    what = json.dumps([GENERATOR, int(scenes), int(documents), int(seed), float(noise)])
-    folder = os.path.join(root, f"world-{hashlib.sha256(what.encode()).hexdigest()[:8]}")
-    os.makedirs(folder, exist_ok=True)
-    for part, (step, train, test) in [(part, sizes[part]) for part in parts if not os.path.isdir(f"{folder}/{part}")]:
-        with tempfile.TemporaryDirectory(prefix=f".{part}-{os.getpid()}-", dir=folder) as tmp:
-            os.mkdir(making := f"{tmp}/{part}")                        # one level down: only this user may enter tmp itself
-            jobs = [(f"{making}/train-{k:05d}.tar", f"{part}/train", range(k * step, min((k + 1) * step, train)))
-                    for k in range(-(-train // step))] + [(f"{making}/test-00000.tar", f"{part}/test", range(test))]
-            write = functools.partial(write_shard, seed=seed, noise=noise, scenes=scenes)
-            spread(write, *zip(*jobs), label=f"making {folder}/{part}", least=4)
-            texts = {"classes": map(" ".join, PAIRS), "unseen": map(" ".join, UNSEEN), "zeroshot_classification_templates": TEMPLATES}
-            for name in texts if part == "labels" else ():
-                with open(f"{making}/{name}.txt", "w") as file:
-                    file.writelines(f"{line}\n" for line in texts[name])
-            if not os.path.isdir(f"{folder}/{part}"):                  # else another process was faster, with the same bytes
-                os.rename(making, f"{folder}/{part}")
-    return folder
-
-
-# ---- writing shards ----
 
 def add(tar, name, raw):
-    info = tarfile.TarInfo(name)                             # mtime, uid, gid are 0, so bytes repeat
+    """Add bytes to a tar under a name; times and owners are 0, so that archives repeat."""
+    info = tarfile.TarInfo(name)
     info.size = len(raw)
     tar.addfile(info, io.BytesIO(raw))
 
 
+def write_toy_shard(path, stream, numbers, **options):
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for number in numbers:
+            for suffix, value in toy_record(stream, number, **options).items():
+                if isinstance(value, Image.Image):
+                    file = io.BytesIO()
+                    value.save(file, "PNG" if suffix == "seg.png" else "JPEG", quality=90)
+                    raw = file.getvalue()
+                else:
+                    raw = json.dumps(value).encode()
+                add(tar, f"{number:08d}.{suffix}", raw)
+
+
+def make_toy_data(root="runs", scenes=20_000, documents=4_000, seed=0, noise=0.0,
+                  parts=("pairs", "labels")):
+    """The folder of the toy data that the arguments describe, with a sub-folder for each part.
+
+    A part that is missing is made, and appears when it is complete. noise: share of the training
+    captions that are wrong.
+    """
+    what = json.dumps([TOY_VERSION, int(scenes), int(documents), int(seed), float(noise)])
+    folder = os.path.join(root, f"toy-{hashlib.sha256(what.encode()).hexdigest()[:8]}")
+    sizes = {  # samples in a shard, for training, held out
+        "pairs": (1000, scenes, 500),
+        "labels": (1000, 2000, 16 * len(PAIRS)),
+        "docs": (500, documents, 200),
+    }
+    write = functools.partial(write_toy_shard, seed=seed, noise=noise, scenes=scenes)
+    for part in parts:
+        if os.path.isdir(f"{folder}/{part}"):
+            continue
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{part}-", dir=folder) as tmp:
+            new = f"{tmp}/{part}"  # one level down: only this user may enter tmp itself
+            os.mkdir(new)
+            write_toy_part(new, part, *sizes[part], write)
+            if not os.path.isdir(f"{folder}/{part}"):  # else another process was faster
+                os.rename(new, f"{folder}/{part}")
+    return folder
+
+
+def write_toy_part(folder, part, per_shard, n_train, n_test, write):
+    paths = [f"{folder}/test-00000.tar"]
+    streams = [f"{part}/test"]
+    numbers = [range(n_test)]
+    for k, start in enumerate(range(0, n_train, per_shard)):
+        paths.append(f"{folder}/train-{k:05d}.tar")
+        streams.append(f"{part}/train")
+        numbers.append(range(start, min(start + per_shard, n_train)))
+    list(parallel_map(write, paths, streams, numbers, label=f"making {part}", min_parallel=4))
+    if part == "labels":
+        write_lines(f"{folder}/classes.txt", [" ".join(pair) for pair in PAIRS])
+        write_lines(f"{folder}/unseen.txt", [" ".join(pair) for pair in UNSEEN])
+        write_lines(f"{folder}/zeroshot_classification_templates.txt", TEMPLATES)
+
+
+def write_lines(path, lines):
+    with open(path, "w", encoding="utf-8") as f:
+        f.writelines(f"{line}\n" for line in lines)
+
+
+def use_toy_data(cfg, **fields):
+    """cfg, with the toy data where it names no data of its own.
+
+    fields: the part of the toy data that each field of cfg takes; data="pairs" if none is given.
+    """
+    if cfg.val:
+        for pattern in cfg.val:
+            expand(pattern, "test")  # a mistyped --val is an error now, not after the last step
+    for name in ("data", "docs", "labels"):
+        if getattr(cfg, name, None):
+            return cfg
+    if not fields:
+        fields = {"data": "pairs"}
+    parts = dict.fromkeys(["pairs", "labels", *fields.values()])
+    folder = common.main_process_first(functools.partial(make_toy_data, parts=tuple(parts)))
+    print0(f"demo on the toy data in {folder}; --{' --'.join(fields)} takes your shards")
+    paths = {name: [f"{folder}/{part}"] for name, part in fields.items()}
+    val = cfg.val
+    if not val:
+        val = [f"{folder}/pairs", f"{folder}/labels"]
+    return dataclasses.replace(cfg, **paths, val=val)
+
+
+# ---- converters ----
+#
+# A layout is a function of a Job. Those of annotated images yield (name of an image, what is said
+# about it), which `gather` puts together; documents come as samples already.
+
+ID = (int, float, str)
+MISSING = "image not found, or found in several places"
+
+
+class BadRecord(Exception):
+    """A record of a source file that cannot be used. The argument is what is wrong with it."""
+
+
+class Job:
+    """What a converter reads, and what it has left out."""
+
+    def __init__(self, sources, images, split, annotations):
+        self.sources = sources  # paths of files, or of folders for ade20k and folder
+        self.split = split
+        self.annotations = annotations  # vqa: paths of the files of answers
+        self.classes = []  # their names in order, filled by the converter
+        self.counts = collections.Counter()  # of the reasons why something was left out
+        self.places = collections.defaultdict(list)  # the first for each reason
+        self.images = Images(images, self.drop)
+
+    def drop(self, reason, place):
+        self.counts[reason] += 1
+        if len(self.places[reason]) < 5:
+            self.places[reason].append(printable(place)[:300])
+
+    @contextlib.contextmanager
+    def record(self, what, row):
+        """Around the use of a record: one that cannot be used is dropped, and the next follows."""
+        try:
+            yield
+        except BadRecord as reason:
+            place = "?"
+            for name in ("id", "question_id", "image_id", "image", "filename"):
+                if place == "?" and isinstance(row, dict) and name in row:
+                    place = f"{name} {row[name]}"
+            self.drop(f"{what} with {reason}", place)
+
+    def report(self):
+        lines = []
+        for reason, count in self.counts.most_common():
+            places = ", ".join(self.places[reason])
+            if count > len(self.places[reason]):
+                places += ", ..."
+            lines.append(f"{count:8} dropped: {reason} ({places})")
+        return lines
+
+
+def clean_name(text):
+    """The name of a class as a line of classes.txt has it."""
+    return " ".join(text.split()).encode("utf-8", "replace").decode()
+
+
+def suffix_of(name):
+    return os.path.splitext(name)[1][1:].lower()
+
+
+def files_below(folder, drop):
+    """{place below the folder: path} of the files in a folder and in its sub-folders.
+
+    Hidden ones are left out. No folder is read twice, so a link back to one above it ends there;
+    links are followed last, so that a file is found at its own place first.
+    """
+    files = {}
+    visited = set()
+    folders = [""]
+    links = []
+    while folders or links:
+        place = folders.pop(0) if folders else links.pop(0)
+        real = os.path.realpath(os.path.join(folder, place))
+        if real in visited:
+            drop("link to a folder that is read already", place)
+            continue
+        visited.add(real)
+        try:
+            names = sorted(os.listdir(real))
+        except OSError as error:
+            drop(f"folder that cannot be read ({error.strerror})", place)
+            continue
+        for name in names:
+            path = os.path.join(real, name)
+            name = os.path.join(place, name)
+            if is_hidden(name):
+                drop("hidden file or folder", name)
+            elif not os.path.isdir(path):
+                files[name] = path
+            elif os.path.islink(path):
+                links.append(name)
+            else:
+                folders.append(name)
+    return files
+
+
+class Images:
+    """The images below a folder.
+
+    files: {place below the folder: path}, in which an image and the links to it have one path.
+    others: places of the files that are no images.
+    """
+
+    def __init__(self, folder, drop):
+        self.files = {}
+        self.others = []
+        self.paths_of = collections.defaultdict(set)  # of the last part of a place
+        self.url_of = {}  # of a path, where it was found by one
+        path_of = {}  # of a real path
+        files = files_below(folder, drop)
+        for place in sorted(files, key=lambda place: os.path.islink(files[place])):
+            if suffix_of(place) not in IMAGES:
+                self.others.append(place)
+                continue
+            path = files[place]
+            if os.path.islink(path):
+                path = path_of.setdefault(os.path.realpath(path), path)
+            path_of[path] = path
+            self.files[place] = path
+            self.paths_of[os.path.basename(place)].add(path)
+
+    def find(self, name):
+        """Path of the image that an annotation calls `name`, a place or a URL; None if unknown.
+
+        As much of the end of the name is compared as is known below the folder: ../../x finds only
+        an x inside. If the last part alone is known, it must be that of one image, and of one URL.
+        """
+        parts = name.replace("\\", "/").strip("/").split("/")
+        for i in range(len(parts)):
+            place = "/".join(parts[i:])
+            if place in self.files:
+                return self.files[place]
+        paths = list(self.paths_of.get(parts[-1], []))
+        if len(paths) != 1:
+            return None
+        if "://" in name and self.url_of.setdefault(paths[0], name) != name:
+            return None
+        return paths[0]
+
+    def find_any(self, names):
+        """The first of these names that is an image's, else the last."""
+        for name in names:
+            if self.find(name):
+                return name
+        return names[-1]
+
+
+def read_file(path, drop):
+    """Bytes of an image or mask; None, counted, where it cannot be read."""
+    try:
+        with open(path, "rb") as f:
+            return f.read()
+    except OSError as error:  # a dead link, for example
+        drop(f"image or mask that cannot be read ({error.strerror})", path)
+        return None
+
+
+def read_json(path):
+    try:
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error})") from None
+
+
+def has_lists(value, *names):
+    return isinstance(value, dict) and all(isinstance(value.get(name), list) for name in names)
+
+
+def read_lists(path, *names):
+    """A JSON file with these lists."""
+    value = read_json(path)
+    if not has_lists(value, *names):
+        raise UserError(f"{path} does not have the lists {', '.join(names)}: is --from right?")
+    return value
+
+
+def field(record, name, kind):
+    """record[name], which must be of this kind. Raises BadRecord."""
+    if not isinstance(record, dict) or not isinstance(record.get(name), kind):
+        raise BadRecord(f"no usable {name}")
+    return record[name]
+
+
+def number(value, name):
+    """A finite number, also where it is written as text. Raises BadRecord."""
+    try:
+        as_float = float(value)
+    except (TypeError, ValueError, OverflowError):
+        as_float = math.nan
+    if not math.isfinite(as_float):
+        raise BadRecord(f"a {name} that is no number")
+    return as_float if isinstance(value, str) else value
+
+
+# ---- converters: captions, boxes, questions ----
+
+def coco_images(job, rows):
+    """{image id: file name} of a file of COCO's form (formats 6.1, 8.2)."""
+    names = {}
+    for row in rows:
+        with job.record("image", row):
+            image_id = field(row, "id", ID)
+            if "file_name" in row:
+                name = field(row, "file_name", str)
+            else:
+                name = field(row, "coco_url", str)  # LVIS
+            if names.setdefault(image_id, name) != name:
+                raise BadRecord("the id of another")
+    return names
+
+
+def listed(row, name, table):
+    """table[row[name]]. Raises BadRecord where the file does not list it."""
+    value = field(row, name, ID)
+    if value not in table:
+        raise BadRecord(f"an unknown {name}")
+    return table[value]
+
+
+def from_captions(job):
+    """Captions in JSON: COCO's, Karpathy's or a flat list, told apart by their keys."""
+    for path in job.sources:
+        value = read_json(path)
+        if isinstance(value, list):
+            yield from flat_captions(job, value)
+        elif has_lists(value, "images", "annotations"):
+            names = coco_images(job, value["images"])
+            for row in value["annotations"]:
+                with job.record("annotation", row):
+                    caption = field(row, "caption", str)
+                    name = listed(row, "image_id", names)
+                    yield name, {"caption": [caption], "image_id": row["image_id"]}
+        elif has_lists(value, "images"):
+            yield from karpathy_captions(job, path, value["images"])
+        else:
+            raise UserError(f"{path} has neither images and annotations (COCO) nor images with "
+                            "sentences (Karpathy), nor is it a list of images and captions: is "
+                            "--from right?")
+
+
+def flat_captions(job, rows):
+    """ALBEF's and LAVIS's lists (formats 6.3): rows of an image and a caption or several."""
+    for row in rows:
+        with job.record("row", row):
+            captions = field(row, "caption", (str, list))
+            if isinstance(captions, str):
+                captions = [captions]
+            yield field(row, "image", str), {"caption": captions}
+
+
+def karpathy_captions(job, path, rows):
+    """The rows of --split (formats 6.2); restval belongs to train."""
+    splits = set()
+    for row in rows:
+        with job.record("image", row):
+            name = field(row, "filename", str)
+            if isinstance(row.get("filepath"), str):  # Flickr30k's rows have none
+                name = f"{row['filepath']}/{name}"
+            split = field(row, "split", str)
+            if split == "restval":
+                split = "train"
+            splits.add(split)
+            if split == job.split:
+                sentences = field(row, "sentences", list)
+                captions = [s.get("raw") if isinstance(s, dict) else None for s in sentences]
+                yield name, {"caption": captions}
+    if job.split not in splits:
+        raise UserError(f"--split {job.split}: the images of {path} are of "
+                        f"{printable(', '.join(sorted(splits)))}")
+
+
+def from_instances(job):
+    """COCO's boxes (formats 8.2), crowds too. Classes are the categories' names, by their ids."""
+    for path in job.sources:
+        value = read_lists(path, "images", "annotations", "categories")
+        classes = {}
+        for row in value["categories"]:
+            with job.record("category", row):
+                name = clean_name(field(row, "name", str))
+                if not name:
+                    raise BadRecord("no usable name")
+                classes[field(row, "id", ID)] = name
+                if list(classes.values()).count(name) > 1:
+                    raise BadRecord("the name of another, which makes them one class")
+        for category_id in sorted(classes, key=lambda i: (isinstance(i, str), i)):
+            if classes[category_id] not in job.classes:
+                job.classes.append(classes[category_id])
+
+        names = coco_images(job, value["images"])
+        for image_id, name in names.items():  # images without an object, too
+            yield name, {"boxes": [], "image_id": image_id}
+        for row in value["annotations"]:
+            with job.record("annotation", row):
+                yield listed(row, "image_id", names), {"boxes": [coco_box(row, classes)]}
+
+
+def coco_box(row, classes):
+    """A box, in pixels of the image as stored."""
+    sides = field(row, "bbox", list)
+    if len(sides) != 4:
+        raise BadRecord("a bbox that is not four numbers")
+    x, y, w, h = [number(side, "bbox") for side in sides]
+    if w <= 0 or h <= 0:
+        raise BadRecord("a bbox without width or height")
+    text = listed(row, "category_id", classes)
+    area = row.get("area")
+    if not isinstance(area, (int, float)):
+        area = w * h
+    is_crowd = int(row.get("iscrowd") in (1, "1"))
+    return {"x": x, "y": y, "w": w, "h": h, "text": text, "area": area, "iscrowd": is_crowd}
+
+
+def from_vqa(job):
+    """VQA v2 (formats 8.4): files of questions, and --annotations with ten answers to each.
+
+    The most common of them becomes the answer; all are kept.
+    """
+    answers = {}
+    for path in job.annotations:
+        for row in read_lists(path, "annotations")["annotations"]:
+            with job.record("annotation", row):
+                given = [field(answer, "answer", str) for answer in field(row, "answers", list)]
+                if not given:
+                    raise BadRecord("no usable answers")
+                kind = row.get("answer_type")
+                answers[field(row, "question_id", ID)] = {
+                    "answer": collections.Counter(given).most_common(1)[0][0],
+                    "answers": given,
+                    "answer_type": kind if isinstance(kind, str) else None,
+                }
+    for path in job.sources:
+        value = read_lists(path, "questions")
+        for row in value["questions"]:
+            with job.record("question", row):
+                image = field(row, "image_id", int)
+                question_id = field(row, "question_id", ID)
+                if question_id not in answers:
+                    raise BadRecord("no answer")
+                qa = {"question": field(row, "question", str), **answers[question_id],
+                      "question_id": question_id}
+                name_of_2014 = f"COCO_{value.get('data_subtype')}_{image:012d}.jpg"
+                name = job.images.find_any([name_of_2014, f"{image:012d}.jpg"])
+                yield name, {"qa": [qa]}
+
+
+# ---- converters: masks, folders of classes ----
+
+def from_ade20k(job):
+    """ADE20K of SceneParse150 (formats 8.1): folders of masks, in which 0 is no class."""
+    for folder in job.sources:
+        if not job.classes:
+            job.classes = ade20k_classes(folder)
+        masks = files_below(folder, job.drop)
+        for place in sorted(masks):
+            if "/" in place or suffix_of(place) != "png":
+                job.drop("file that is no mask of this folder", place)
+                continue
+            names = [f"{os.path.splitext(place)[0]}.{suffix}" for suffix in IMAGES]
+            yield job.images.find_any(names), {"seg.png": masks[place]}
+
+
+def ade20k_classes(folder):
+    """Names of the classes, from objectInfo150 beside the masks or up to two folders above."""
+    for above, suffix in itertools.product((".", "..", "../.."), ("csv", "txt")):
+        path = os.path.join(folder, above, f"objectInfo150.{suffix}")
+        if not os.path.exists(path):
+            continue
+        delimiter = "," if suffix == "csv" else "\t"
+        rows = csv.DictReader(io.StringIO(read_text(path)), delimiter=delimiter)
+        try:
+            names = {int(row["Idx"]): row["Name"] for row in rows}
+            # the first of several names: "building;edifice" or "building, edifice"
+            names = [re.split("[;,]", names[i])[0].strip() for i in range(1, len(names) + 1)]
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{path}: expected the columns Idx (1, 2, ...) and Name") from None
+        return ["unlabeled", *names]
+    return []
+
+
+def from_folder(job):
+    """A folder for each class (formats 5); a class's number is its place among the sorted names.
+
+    The images are shuffled (ours): batches from shards of one class each would hold few classes.
+    """
+    for place in job.images.others:
+        job.drop(f"file that is not read: .{suffix_of(place)}", place)
+    place_of = {}  # of each path, without further links to it
+    for place, path in job.images.files.items():
+        if "/" in place:
+            place_of.setdefault(path, place)
+        else:
+            job.drop("image outside the class folders", place)
+    job.classes = sorted({place.split("/")[0] for place in place_of.values()})
+    for name in set(os.listdir(job.sources[0])).difference(job.classes):
+        path = os.path.join(job.sources[0], name)
+        if os.path.isdir(path) and not os.path.islink(path) and not is_hidden(name):
+            raise UserError(f"{path} is a class folder without an image: remove it if it is none")
+    number_of = {name: i for i, name in enumerate(job.classes)}
+    places = sorted(place_of.values())
+    for i in np.random.default_rng(0).permutation(len(places)):
+        name = places[i].split("/")[0]
+        yield places[i], {"cls": str(number_of[name]).encode()}
+
+
+# ---- converters: documents ----
+
+def from_mmc4(job):
+    """(key, members) of documents in the form of MMC4 (formats 3.1) or of OBELICS (formats 4)."""
+    count = 0
+    for place, document in json_lines(job):
+        key = f"{count:09d}"
+        if has_lists(document, "text_list", "image_info"):
+            record, images = mmc4_document(job, document, key, place)
+        elif has_lists(document, "texts", "images"):
+            record, images = obelics_document(job, document, key, place)
+        else:
+            job.drop("line without text_list and image_info, or texts and images", place)
+            continue
+        if not images:
+            job.drop("document without an image", place)
+            continue
+        count += 1
+        yield key, {"json": json.dumps(record).encode(), **images}
+
+
+def json_lines(job):
+    """(place, value) of each line of .jsonl files, plain or in a .zip."""
+    for path in job.sources:
+        place = path
+        try:
+            for i, line in enumerate(lines_of(path), 1):
+                place = f"{path}:{i}"
+                try:
+                    yield place, json.loads(decode_text(line))
+                except (ValueError, RecursionError):
+                    if line.strip():
+                        job.drop("line that is no JSON in UTF-8", place)
+        except Exception as error:  # zipfile and zlib fail in many ways
+            job.drop(f"rest of a file that cannot be read ({error})", place)
+
+
+def lines_of(path):
+    with open(path, "rb") as f:
+        if f.read(2) != b"PK":
+            f.seek(0)
+            yield from f
+            return
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            if name.endswith(".jsonl") and not is_hidden(name):
+                with archive.open(name) as f:
+                    yield from f
+
+
+def mmc4_document(job, document, key, place):
+    """-> record, {suffix: bytes} of the images that are there; in MMC4 many are not."""
+    texts = [text if isinstance(text, str) else "" for text in document["text_list"]]
+    if texts != document["text_list"]:
+        job.drop("sentence that is no text", place)
+    images = {}
+    image_info = []
+    for entry in document["image_info"]:
+        try:
+            kept = mmc4_entry(entry, len(texts))
+        except BadRecord as reason:
+            job.drop(f"entry of image_info with {reason}", place)
+            continue
+        suffix = add_image(job, images, entry["image_name"])
+        if suffix:
+            image_info.append({"image_name": f"{key}.{suffix}", **kept})
+    url = document.get("url")
+    if not isinstance(url, str):
+        url = None
+    return {"url": url, "text_list": texts, "image_info": image_info}, images
+
+
+def mmc4_entry(entry, n_sentences):
+    """What is kept of an entry of image_info besides its name. Raises BadRecord."""
+    field(entry, "image_name", str)
+    sentence = field(entry, "matched_text_index", int)
+    if not 0 <= sentence < n_sentences:
+        raise BadRecord("a matched_text_index outside text_list")
+    kept = {"matched_text_index": sentence}
+    if entry.get("matched_sim") is not None:
+        kept["matched_sim"] = number(entry["matched_sim"], "matched_sim")
+    if isinstance(entry.get("raw_url"), str):
+        kept["raw_url"] = entry["raw_url"]
+    return kept
+
+
+def obelics_document(job, document, key, place):
+    """-> record, {suffix: bytes} of the images that are there."""
+    images = {}
+    texts = []
+    names = []
+    for text, name in itertools.zip_longest(document["texts"], document["images"]):
+        if isinstance(text, str) and text != "END_OF_DOCUMENT_TOKEN_TO_BE_REPLACED":
+            texts.append(text)
+            names.append(None)
+        if isinstance(name, str):
+            suffix = add_image(job, images, name)
+            if suffix:
+                texts.append(None)
+                names.append(f"{key}.{suffix}")
+        if not isinstance(text, (str, type(None))) or not isinstance(name, (str, type(None))):
+            job.drop("text or image that is no string", place)
+    return {"texts": texts, "images": names}, images
+
+
+def add_image(job, images, name):
+    """Reads an image of a document into `images` -> its suffix there, or None if it is missing."""
+    path = job.images.find(name)
+    if path is None:
+        job.drop(MISSING, name)
+        return None
+    raw = read_file(path, job.drop)
+    if raw is None:
+        return None
+    suffix = f"{len(images)}.{suffix_of(path)}"
+    images[suffix] = raw
+    return suffix
+
+
+# ---- converters: writing ----
+
+LAYOUTS = {
+    "captions": from_captions,
+    "instances": from_instances,
+    "vqa": from_vqa,
+    "ade20k": from_ade20k,
+    "folder": from_folder,
+    "mmc4": from_mmc4,
+}
+SPLITS = ("train", "val", "test")
+
+
+def convert(layout, sources, images, out, per_shard=1000, split="train", annotations=()):
+    """Files of another layout and a folder of their images -> <split>-00000.tar, ... in `out`.
+
+    With classes.txt where there are classes. Images are copied as they are. Prints what was left
+    out and why. Raises UserError for files of another layout, and if nothing is left.
+    """
+    if layout == "folder":
+        if len(sources) > 1:
+            raise UserError(f"--from folder takes one folder, not {len(sources)}")
+        images = sources[0]
+    if images is None:
+        raise UserError(f"--from {layout} needs --images FOLDER: it holds the images")
+    if not os.path.isdir(images):
+        raise UserError(f"--images {images} is no folder: it holds the images, in any sub-folders")
+    if layout == "vqa" and not annotations:
+        raise UserError("--from vqa needs --annotations FILE: it holds the answers")
+    if per_shard < 1:
+        raise UserError(f"--per-shard {per_shard}: at least 1 is needed")
+
+    job = Job(sources, images, split, annotations)
+    samples = LAYOUTS[layout](job)
+    if layout != "mmc4":
+        samples = annotated_images(job, gather(job, samples))
+    classes = class_lines(job.classes, out)
+    count = write_shards(samples, out, split, per_shard)
+    if count and classes:
+        write_lines(f"{out}/classes.txt", classes)
+
+    summary = f"{printable(out)}: {count} samples"
+    if classes:
+        summary += f", {len(classes)} classes"
+    print(summary, *job.report(), sep="\n")
+    if not count:
+        raise UserError(f"nothing of {sources[0]} could be converted: is --from {layout} right?")
+
+
+def gather(job, statements):
+    """{path of an image: (members, record)}: an image once, with all that is said about it."""
+    found = {}
+    missing = set()
+    for name, fields in tqdm(statements, "reading", unit="record", leave=False, disable=None):
+        path = job.images.find(name)
+        if path is None:
+            if name not in missing:
+                job.drop(MISSING, name)
+            missing.add(name)
+            continue
+        members, record = found.setdefault(path, ({}, {}))
+        for key, value in fields.items():
+            if key in ("seg.png", "cls"):
+                members[key] = value
+            elif isinstance(value, list):
+                record.setdefault(key, []).extend(value)
+            else:
+                record[key] = value
+    return found
+
+
+def annotated_images(job, found):
+    """(key, members) of what `gather` found, where the image can be read."""
+    count = 0
+    for path, (members, record) in found.items():
+        if "caption" in record:
+            texts = [text.strip() for text in record["caption"] if isinstance(text, str)]
+            captions = [text for text in texts if text]
+            for _ in range(len(record["caption"]) - len(captions)):
+                job.drop("caption that is empty or no text", path)
+            if not captions:
+                job.drop("image without a caption", path)
+                continue
+            record["caption"] = captions
+        sample = {}
+        if record:
+            sample["json"] = json.dumps(record).encode()
+        sample[suffix_of(path)] = read_file(path, job.drop)
+        for suffix, value in members.items():
+            sample[suffix] = read_file(value, job.drop) if suffix == "seg.png" else value
+        if None not in sample.values():
+            yield f"{count:09d}", sample
+            count += 1
+
+
+def class_lines(classes, out):
+    """Lines of classes.txt. Their numbers are classes: all parts of a data set share one list."""
+    lines = [clean_name(name) for name in classes]
+    if "" in lines or len(set(lines)) < len(lines):
+        raise UserError("class names must be distinct and not empty, unlike "
+                        f"{max(lines, key=lines.count)!r}: rename them")
+    if lines and os.path.exists(f"{out}/classes.txt"):
+        known = read_lines_near([f"{out}/x.tar"], "classes.txt")
+        if known != lines:
+            raise UserError(f"{out}/classes.txt lists other classes ({len(known)}, here "
+                            f"{len(lines)}): give another folder")
+    return lines
+
+
+def write_shards(samples, out, split, per_shard):
+    """(key, {suffix: bytes}) of samples -> <split>-*.tar in `out`. Returns their number."""
+    count = 0
+    with new_shards(out, split) as next_shard:
+        for key, members in tqdm(samples, "writing", unit="sample", leave=False, disable=None):
+            if count % per_shard == 0:
+                tar = next_shard()
+            for suffix, raw in members.items():
+                add(tar, f"{key}.{suffix}", raw)
+            count += 1
+    return count
+
+
 @contextlib.contextmanager
 def new_shards(out, split):
-    """Gives a function that opens the next <split>-00000.tar of folder `out`. All get these names at the end, so that a run cut short leaves none
-    that could pass for the whole."""
-    if glob.glob(f"{glob.escape(out)}/{split}-*.tar"):
-        raise UserError(f"--out {out} already holds {split}-*.tar: give another folder, or remove them first")
-    paths, current = [], contextlib.ExitStack()
+    """Gives a function that opens the next <split>-00000.tar of the folder `out`.
 
-    def following():
-        current.close()
-        paths.append(f"{out}/{split}-{len(paths):05d}.tar.part")
-        return current.enter_context(tarfile.open(paths[-1], "w", format=tarfile.PAX_FORMAT))         # USTAR, unless a name is long
+    They are called .part until all are written, so that a run cut short leaves none that could pass
+    for the whole. Raises UserError if there are such shards, or where writing fails.
+    """
+    if glob.glob(f"{glob.escape(out)}/{split}-*.tar"):
+        raise UserError(
+            f"--out {out} already holds {split}-*.tar: give another folder, or remove them first")
+    paths = []
+    tars = contextlib.ExitStack()
+
+    def next_shard():
+        tars.close()
+        paths.append(f"{out}/{split}-{len(paths):05d}.tar")
+        # PAX is USTAR but for names that are too long for it
+        tar = tarfile.open(f"{paths[-1]}.part", "w", format=tarfile.PAX_FORMAT)
+        return tars.enter_context(tar)
+
     try:
         os.makedirs(out, exist_ok=True)
-        yield following
-        current.close()
+        yield next_shard
+        tars.close()
         for path in paths:
-            os.replace(path, path.removesuffix(".part"))
+            os.replace(f"{path}.part", path)
     except OSError as error:
         raise UserError(f"stopped while writing --out {out} ({error})") from None
     finally:
         with contextlib.suppress(OSError):
-            current.close()
+            tars.close()
         for path in paths:
-            with contextlib.suppress(FileNotFoundError):     # renamed above, where all went well
-                os.remove(path)
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(f"{path}.part")
 
 
-# ---- documents of other layouts -> our shards: functions of one document -> {suffix: bytes or path, "json": dict}, images named by suffix ----
+# ---- ALIGN's filters (paper s3) ----
 
-def json_lines(paths, dropped):
-    """Objects of .jsonl files, plain or inside a .zip, and of the .json members of .tar files."""
-    for path in paths:
-        try:
-            with contextlib.ExitStack() as stack:
-                files = [stack.enter_context(open(path, "rb"))]
-                if zipfile.is_zipfile(path):
-                    archive = stack.enter_context(zipfile.ZipFile(path))
-                    files = [stack.enter_context(archive.open(name)) for name in archive.namelist() if name.endswith(".jsonl")]
-                elif path.endswith(".tar"):
-                    dropped.update(scan(path)[2])            # a cut archive: tarfile would not tell
-                    tar = stack.enter_context(tarfile.open(path, "r:"))
-                    files = ([tar.extractfile(member).read()] for member in tar if member.isreg() and member.name.endswith(".json"))
-                for line in itertools.chain.from_iterable(files):
-                    try:
-                        found = json.loads(line)
-                    except (ValueError, RecursionError):
-                        found = None
-                    if isinstance(found, dict):
-                        yield found
-                    else:
-                        dropped["line that is no JSON object"] += 1
-        except (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError) as error:
-            raise UserError(f"{path} cannot be read ({error})") from None
+WORD = re.compile(r"\w+(?:['\u2019-]\w+)*")  # ours: the paper does not say how a text is cut
 
 
-def from_mmc4(doc, files, dropped):
-    """MMC4 (formats 3.1): text_list, image_info with image_name, matched_text_index, matched_sim. Images that were never downloaded are normal.
-    open_flamingo's tars (3.3 a) hold the same documents with image_base64 in the entries whose image was found."""
-    if not all(isinstance(doc.get(k), list) for k in ("text_list", "image_info")):
-        dropped["document without the lists text_list and image_info"] += 1
-        return None
-    images, info = {}, []
-    for entry in (e for e in doc["image_info"] if isinstance(e, dict)):
-        image, kind = files.get(os.path.basename(str(entry.get("image_name")))), "jpg"
-        if isinstance(entry.get("image_base64"), str):
-            with contextlib.suppress(ValueError):
-                image = base64.b64decode(entry["image_base64"])
-                kind = {b"\x89PNG": "png", b"RIFF": "webp"}.get(image[:4], kind)
-        if not image:
-            dropped["image that is not in the folder" if files else "image without bytes"] += 1
-            continue
-        suffix = f"{len(images)}.{image.rsplit('.', 1)[1].lower() if isinstance(image, str) else kind}"
-        images[suffix] = image
-        info.append({"image_name": suffix, **{k: entry[k] for k in ("matched_text_index", "matched_sim", "raw_url") if k in entry}})
-    return {"json": {"url": doc.get("url"), "text_list": doc["text_list"], "image_info": info}, **images}
+@dataclasses.dataclass
+class Rules:
+    """Thresholds, those of the paper but for `distance`."""
+    min_side: int = 200  # I2: shorter sides are above this, in pixels
+    max_ratio: float = 3.0  # I3: longer / shorter side is below this
+    max_texts: int = 1000  # I4: of an image
+    distance: int = 4  # I5, ours: bits of 64 in which hashes of copies differ at most
+    max_images: int = 10  # T1: of a text
+    most_frequent: int = 100_000_000  # T2: unigrams and bigrams that are not rare
+    min_words: int = 3  # T3
+    max_words: int = 20  # T3
 
 
-def from_obelics(doc, files, dropped):
-    """OBELICS (formats 4): texts and images, of which one is set at each place; images are URLs or file names."""
-    if not all(isinstance(doc.get(k), list) for k in ("texts", "images")):
-        dropped["document without the lists texts and images"] += 1
-        return None
-    images, texts, names = {}, [], []
-    for text, url in itertools.zip_longest(doc["texts"], doc["images"]):
-        path = files.get(str(url)) or files.get(os.path.basename(str(url)))
-        if isinstance(text, str) and text != "END_OF_DOCUMENT_TOKEN_TO_BE_REPLACED":
-            texts, names = texts + [text], names + [None]
-        elif isinstance(url, str) and path:
-            suffix = f"{len(images)}.{path.rsplit('.', 1)[1].lower()}"
-            images[suffix] = path
-            texts, names = texts + [None], names + [suffix]
-        elif isinstance(url, str):
-            dropped["image that is not in the folder"] += 1
-    return {"json": {"texts": texts, "images": names}, **images}
-
-
-# ---- annotated images of other layouts -> our shards: generators of (image's name, what is said about it), which gather() joins ----
-
-def read_json(path):
-    try:
-        with open(path, encoding="utf-8") as f:
-            return json.load(f)
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error})") from None
-
-
-def take(row, where, *keys):
-    """The values of these keys. Raises UserError, which names the keys expected and those found."""
-    if not isinstance(row, dict) or not row.keys() >= set(keys):
-        found = f"the keys {', '.join(sorted(row)[:12])}" if isinstance(row, dict) else f"a {type(row).__name__}"
-        raise UserError(f"{where}: expected the keys {', '.join(keys)}, found {found}: is --from right?")
-    return [row[k] for k in keys]
-
-
-def coco(job, path, found):
-    """(image's file name, annotation) of a file of COCO's form."""
-    images, annotations = take(found, path, "images", "annotations")
-    names = dict(take(i, f"images of {path}", "id", "file_name") for i in images)
-    for row in annotations:
-        if (image := take(row, f"annotations of {path}", "image_id")[0]) in names:
-            yield names[image], row
-        else:
-            job.dropped["annotation of an image that the file does not list"] += 1
-
-
-def from_captions(job):
-    """Captions in JSON, told apart by keys: COCO's (formats 6.1), Karpathy's, where train is train + restval (6.2), flat lists (6.3)."""
-    for path in job.sources:
-        found, splits = read_json(path), set()
-        keys = set(found) if isinstance(found, dict) else set()
-        if isinstance(found, list):
-            for row in found:
-                image, caption = take(row, path, "image", "caption")
-                yield image, {"caption": caption if isinstance(caption, list) else [caption]}
-        elif {"images", "annotations"} <= keys:
-            for name, row in coco(job, path, found):
-                yield name, {"caption": take(row, f"annotations of {path}", "caption"), "image_id": row["image_id"]}
-        elif "images" in keys:
-            for row in found["images"]:
-                name, split, sentences = take(row, f"images of {path}", "filename", "split", "sentences")
-                splits.add(split := "train" if split == "restval" else split)
-                if split == job.split:
-                    yield f"{row.get('filepath', '')}/{name}", {"caption": [take(s, f"sentences of {path}", "raw")[0] for s in sentences]}
-            if job.split not in splits:
-                raise UserError(f"--split {job.split}: the images of {path} are of {str(sorted(splits))[1:-1]}")
-        else:
-            take(found, path, "images and annotations (COCO), images with sentences (Karpathy), or image and caption in a list")
-
-
-def from_flickr30k(job):
-    """Flickr30k (formats 7): 1.jpg#0<TAB>caption, or a header line and 1.jpg,caption, in which captions hold commas as well."""
-    for path in job.sources:
-        with open(path, encoding="utf-8") as f:
-            for number, line in enumerate(f):
-                if found := re.match(r"([^\t]+?\.jpg)(?:#\d+\t|,)(.*)", line):
-                    yield found[1], {"caption": [found[2]]}
-                elif line.strip() and (number or "," not in line):                 # else the header
-                    job.dropped["line that is neither NAME.jpg#number, tab, caption nor NAME.jpg, comma, caption"] += 1
-
-
-def from_instances(job):
-    """COCO's boxes (formats 8.2). Classes are the categories in the order of their ids, which have holes. Crowd regions are kept and marked."""
-    names = {}
-    for path in job.sources:
-        found = read_json(path)
-        names.update(take(c, f"categories of {path}", "id", "name") for c in take(found, path, "categories", "images", "annotations")[0])
-        for row in found["images"]:                          # also those without an object
-            image, name = take(row, f"images of {path}", "id", "file_name")
-            yield name, {"boxes": [], "image_id": image}
-        for name, row in coco(job, path, found):
-            category, (x, y, w, h) = take(row, f"annotations of {path}", "category_id", "bbox")
-            if category not in names:
-                raise UserError(f"{path}: category_id {category!r} is not among its categories")
-            yield name, {"boxes": [{"x": x, "y": y, "w": w, "h": h, "text": names[category], "area": row.get("area", w * h),
-                                    "iscrowd": row.get("iscrowd", 0)}]}
-    job.classes = [names[i] for i in sorted(names)]
-
-
-def from_vqa(job):
-    """VQA v2 (formats 8.4): files of questions, and --annotations with ten answers to each, the most common of which becomes the answer."""
-    answers = {}
-    for path in job.annotations:
-        for row in take(read_json(path), path, "annotations")[0]:
-            question, kind, given = take(row, f"annotations of {path}", "question_id", "answer_type", "answers")
-            answers[question] = kind, [take(a, f"answers of {path}", "answer")[0] for a in given]
-    for path in job.sources:
-        questions, subset = take(read_json(path), path, "questions", "data_subtype")
-        for row in questions:
-            number, image, question = take(row, f"questions of {path}", "question_id", "image_id", "question")
-            kind, given = answers.get(number, (None, None))
-            if not given:
-                job.dropped["question without an answer"] += 1
-                continue
-            name = f"COCO_{subset}_{image:012d}.jpg"
-            qa = {"question": question, "answer": collections.Counter(given).most_common(1)[0][0], "answers": given, "answer_type": kind}
-            yield name if name in job.files else f"{image:012d}.jpg", {"qa": [{**qa, "question_id": number}]}
-
-
-def from_ade20k(job):
-    """ADE20K of SceneParse150 (formats 8.1): folders of masks, 0 = other; names of the classes from objectInfo150.csv there or above, if it is."""
-    for folder in job.sources:
-        for above in (folder, f"{folder}/..", f"{folder}/../.."):
-            if os.path.exists(table := f"{above}/objectInfo150.csv") and not job.classes:
-                with open(table, encoding="utf-8", newline="") as f:
-                    rows = {int(i): name for i, name in (take(row, table, "Idx", "Name") for row in csv.DictReader(f))}
-                job.classes = ["unlabeled"] + [rows[i].split(";")[0].strip() for i in range(1, len(rows) + 1)]    # the first of several names
-        for name in sorted(n for n in os.listdir(folder) if n.endswith(".png")):
-            yield f"{name.removesuffix('.png')}.jpg", {"seg.png": f"{folder}/{name}"}
-
-
-def from_folder(job):
-    """A folder for each class (formats 5); the number of a class is its place among the sorted names."""
-    job.classes = sorted(e.name for e in os.scandir(job.images) if e.is_dir() and not e.name.startswith("."))
-    places = [(place.split("/")[0], place) for place in sorted(job.files) if "/" in place]
-    if empty := sorted({*job.classes} - {name for name, _ in places}):
-        raise UserError(f"{job.images}: no image in the class folder {empty[0]} (one of {len(empty)}): remove what is no class")
-    number = {name: str(i).encode() for i, name in enumerate(job.classes)}
-    job.dropped["image outside the class folders"] += len({*job.files.values()} - {None}) - sum(name in number for name, _ in places)
-    yield from ((place, {"cls": number[name]}) for name, place in places if name in number)
-
-
-LAYOUTS = {"mmc4": from_mmc4, "flamingo": from_mmc4, "obelics": from_obelics, "captions": from_captions, "flickr30k": from_flickr30k,
-           "instances": from_instances, "vqa": from_vqa, "ade20k": from_ade20k, "folder": from_folder}
-DOCUMENTS, SPLITS = ("mmc4", "flamingo", "obelics"), ("train", "val", "test")
-
-
-def images_under(folder, dropped, ambiguous):
-    """{name: path} of the images below a folder, by their place in it and by the bare name, where that is not of several (unless ambiguous)."""
-    names, places = {}, {}
-    for at, _, found in os.walk(folder, followlinks=True):
-        for name in sorted(found):
-            if name.lower().endswith(tuple(f".{suffix}" for suffix in IMAGES)):
-                path = os.path.join(at, name)
-                names[name] = path if ambiguous or name not in names else None
-                places[os.path.relpath(path, folder)] = path
-            else:
-                dropped[f"file that is not read: {os.path.splitext(name)[1].lower() or 'no suffix'}"] += 1
-    return {**names, **places}
-
-
-def gather(layout, job):
-    """[{suffix: bytes or path, "json": dict}]: an image once, with all that is said about it. Images that are missing are counted, and listed in
-    out/missing-<split>.txt; more than a tenth of them raises UserError, as does a file of another kind."""
-    records = {}
-    try:
-        for name, fields in tqdm(LAYOUTS[layout](job), "reading", unit="annotation", leave=False, disable=None):
-            parts = str(name).strip("/").split("/")          # as much of the end of the name as is known below the folder
-            path = next((found for i in range(len(parts)) if (found := job.files.get("/".join(parts[i:])))), None)
-            if path is None:
-                job.missing[str(name)] = True
-                continue
-            record = records.setdefault(path, {"json": {}})
-            for key, value in fields.items():
-                if key == "caption":
-                    value = [c.strip() for c in value if isinstance(c, str) and c.strip()]
-                    job.dropped["empty caption"] += len(fields[key]) - len(value)
-                where = record if key in ("seg.png", "cls") else record["json"]
-                where[key] = where.get(key, []) + value if isinstance(value, list) else value
-    except (TypeError, ValueError, KeyError, AttributeError, OverflowError, OSError) as error:
-        raise UserError(f"{job.sources[0]} is not what --from {layout} expects ({type(error).__name__}: {error})") from None
-    if len(job.missing) > 0.1 * (len(job.missing) + len(records)):
-        raise UserError(f"{len(job.missing)} of {len(job.missing) + len(records)} images are not under --images {job.images}, more than a tenth "
-                        f"(the first: {', '.join(map(repr, list(job.missing)[:3]))}): is it the right folder?")
-    kept = [{path.rsplit(".", 1)[1].lower(): path, **record} for path, record in records.items() if record["json"].get("caption") != []]
-    job.dropped["image without a caption"] += len(records) - len(kept)
-    # Departure: image folders are shuffled, as shards of a single class would give batches of few
-    return [kept[i] for i in rng_for(4, 0).permutation(len(kept))] if layout == "folder" else kept
-
-
-def convert(layout, sources, images, out, url_map=None, per_shard=1000, split="train", annotations=()):
-    """Files of another layout and a folder of their images -> <split>-*.tar in `out`, with classes.txt where there are classes. Images are copied as
-    they are. Prints what was dropped and why. Raises UserError for files of another layout."""
-    documents, dropped = layout in DOCUMENTS, collections.Counter()
-    images = images or sources[0] * (layout == "folder")
-    if layout == "vqa" and not annotations:
-        raise UserError("--from vqa needs --annotations FILE: it holds the answers")
-    if layout == "folder" and len(sources) > 1 or per_shard < 1:
-        raise UserError(f"--from folder takes one folder, and --per-shard {per_shard} must be at least 1")
-    if not os.path.isdir(images) and (images or not all(path.endswith(".tar") for path in sources)):
-        raise UserError(f"--images {images or '(not given)'} is no folder: it holds the images, with or without sub-folders")
-    files = images_under(images, dropped if layout == "folder" else collections.Counter(), documents) if images else {}
-    if url_map:
-        files.update({url: files[os.path.basename(name)] for url, name in read_json(url_map).items() if os.path.basename(name) in files})
-    job = SimpleNamespace(sources=sources, files=files, images=images, split=split, annotations=annotations, dropped=dropped, classes=[], missing={})
-    records = (LAYOUTS[layout](doc, files, dropped) for doc in json_lines(sources, dropped)) if documents else gather(layout, job)
-    if job.classes and os.path.exists(f"{out}/classes.txt") and (known := beside([f"{out}/x"], "classes.txt")) != job.classes:
-        raise UserError(f"{out}/classes.txt lists other classes ({len(known)}, here {len(job.classes)}): give another folder")
-    number = 0
-    with new_shards(out, split) as following:
-        for made in tqdm(records, "converting", unit="document" if documents else "image", leave=False, disable=None):
-            if not made or documents and len(made) == 1:
-                dropped["document without an image"] += made is not None
-                continue
-            if number % per_shard == 0:
-                tar = following()
-            key, fields = f"{number:09d}", made.pop("json")
-            for entry in fields.get("image_info", ()):
-                entry["image_name"] = f"{key}.{entry['image_name']}"
-            if documents and "images" in fields:
-                fields["images"] = [name and f"{key}.{name}" for name in fields["images"]]
-            if fields:
-                add(tar, f"{key}.json", json.dumps(fields).encode())
-            for suffix, value in made.items():
-                if isinstance(value, str):
-                    with open(value, "rb") as f:
-                        value = f.read()
-                add(tar, f"{key}.{suffix}", value)
-            number += 1
-        for name, lines in (("classes", job.classes), (f"missing-{split}", job.missing)):
-            if lines and number:
-                with open(f"{out}/{name}.txt", "w", encoding="utf-8", errors="replace") as f:
-                    f.writelines(f"{line}\n" for line in lines)
-    if job.missing:
-        dropped[f"image not found in the folder (as jpg, png or webp, once): listed in {out}/missing-{split}.txt"] = len(job.missing)
-    print(f"{out}: {number} {'documents' if documents else 'images'}" + (f", {len(job.classes)} classes" if job.classes else "")
-          + "".join(f"\n  {n:6} dropped: {reason}" for reason, n in dropped.most_common() if n))
-    if not number:
-        raise UserError(f"no {'document' if documents else 'image'} of {len(sources)} file(s) could be converted: is --from {layout} right?")
-
-
-# ---- filter: ALIGN's rules (paper s3) ----
-
-WORD = re.compile(r"\w+(?:['’-]\w+)*")     # ours, in lower case: the paper does not say how it cuts a text into unigrams
-
-
-def grams(text):
-    """Unigrams, and these with the bigrams."""
-    words = WORD.findall(text.lower())
-    return words, words + [f"{a} {b}" for a, b in zip(words, words[1:])]
+@dataclasses.dataclass
+class Measured:
+    """What the rules need of a sample."""
+    texts: list
+    short: int  # sides in pixels, of the original where img2dataset's fields give them
+    long: int
+    digest: bytes  # of the image's file: which samples show one image
+    hash: np.uint64
 
 
 def difference_hash(image):
-    """64 bits: is a pixel of the grey 9 x 8 image brighter than its right neighbour. Resized, recompressed or slightly noisy copies differ in few."""
-    grey = np.asarray(image.convert("L").resize((9, 8), Image.LANCZOS))            # smoother filters take more strangers for copies
-    return np.packbits(grey[:, :-1] > grey[:, 1:]).view(np.uint64)[0]
+    """64 bits: is a pixel of the gray 9 x 8 image brighter than its right neighbor?
 
-
-def measure(path, rows, texts=True):
-    """What the rules need of each sample of a shard: (texts, shorter side, longer side, digest of the image's bytes, difference hash), or the reason
-    for which it cannot be used. The sides are those of the original where img2dataset's fields tell them, as shards hold resized images."""
-    found = []
-    with open(path, "rb") as f:
-        for _, offset, span in rows:
-            f.seek(offset)
-            try:
-                sample = Sample(*unpack(f.read(span)))
-                code = difference_hash(sample.image(near=128))
-                raw = sample.image_bytes()
-                sides = [sample.json.get(f"original_{side}") for side in ("width", "height")]
-                if not all(isinstance(side, int) and side > 0 for side in sides):
-                    sides = Image.open(io.BytesIO(raw)).size
-                found.append((sample.captions() if texts else [], *sorted(sides), hashlib.sha256(raw).digest()[:16], code))
-            except Skip as reason:
-                found.append(str(reason))
-    return found
-
-
-def measured(paths, label, **how):
-    """The index of these shards, and measure() of each sample."""
-    index = Index(paths)
-    rows = [index.rows[a:b].tolist() for a, b in zip(index.starts, index.starts[1:])]
-    return index, [*itertools.chain(*spread(functools.partial(measure, **how), index.paths, rows, label=label, least=50))]
-
-
-def filter_pairs(paths, out, against=(), split="train", min_side=200, max_ratio=3.0, max_texts=1000, max_images=10, min_words=3, max_words=20,
-                 most_frequent=100_000_000, distance=4):
-    """Samples that pass ALIGN's rules -> <split>-*.tar in `out`, member by member as they are; only a list of captions of which some fail is written
-    anew. Prints what each rule dropped. Raises UserError if nothing is left.
-
-    Order (ours): I2, I3, I5 on each sample, then I4 and T1 counted on what is left, T2 on all texts as read; each is counted where it fails first.
+    Copies that are resized, compressed anew or slightly noisy differ in few bits.
     """
-    with new_shards(out, split) as following:
-        known = measured(against, "hashing", texts=False)[1] if against else []
-        hashes = np.array([s[-1] for s in known if not isinstance(s, str)], np.uint64)
-        index, samples = measured(paths, "measuring")
-        rules = {"I2": f"images whose shorter side is at most {min_side} px", "I3": f"images whose sides are in a ratio of {max_ratio:g} or more",
-                 "I5": f"images within {distance} bits of one of {len(hashes)} evaluation images, by difference hash (ours)",
-                 "I4": f"images with more than {max_texts} texts", "T1": f"texts of more than {max_images} images",
-                 "T2": f"texts with a token outside the {most_frequent} most frequent unigrams and bigrams",
-                 "T3": f"texts of less than {min_words} or more than {max_words} unigrams", "left": "samples without a text left"}
+    # smoother filters than Lanczos take more other images for copies
+    gray = np.asarray(image.convert("L").resize((9, 8), Image.LANCZOS))
+    return np.packbits(gray[:, :-1] > gray[:, 1:]).view(np.uint64)[0]
 
-        def image_rule(_, short, long, digest, code):
-            return ("I2" if short <= min_side else "I3" if long >= max_ratio * short
-                    else "I5" if len(hashes) and np.bitwise_count(hashes ^ code).min() <= distance else None)
-        reasons = [s if isinstance(s, str) else image_rule(*s) for s in samples]
-        pairs = {(s[3], text) for s, reason in zip(samples, reasons) if not reason for text in s[0]}
-        texts_of, images_of = (collections.Counter(pair[i] for pair in pairs) for i in (0, 1))
-        every, frequent = [text for s in samples if not isinstance(s, str) for text in s[0]], None
-        if sum(len(grams(text)[1]) for text in every) > most_frequent:     # else all are frequent, and no table is needed
-            counts = collections.Counter(gram for text in every for gram in grams(text)[1])
-            frequent = set(heapq.nsmallest(most_frequent, counts, key=lambda gram: (-counts[gram], gram)))
 
-        def text_rule(text):
-            words, both = grams(text)
-            return ("T1" if images_of[text] > max_images else "T2" if frequent is not None and not frequent.issuperset(both)
-                    else "T3" if not min_words <= len(words) <= max_words else None)
-        kept, dropped, shard = 0, collections.Counter(), None
-        for i, (s, reason) in enumerate(zip(samples, reasons)):
-            reason = reason or ("I4" if texts_of[s[3]] > max_texts else None)
-            failed = [] if reason else [text_rule(text) for text in s[0]]
-            dropped.update(filter(None, failed))
-            if reason or all(failed):
-                dropped[reason or "left"] += 1
-                continue
-            if shard != index.rows[i]["shard"]:              # ours hold what is left of one each
-                shard, tar = index.rows[i]["shard"], following()
-            kept, sample = kept + 1, index[i]
-            if any(failed):
-                left = {**sample.json, "caption": [text for text, f in zip(s[0], failed) if not f]}
-                sample.members["json"] = json.dumps(left).encode()
-            for suffix, raw in sample.members.items():
-                add(tar, f"{sample.key}.{suffix}", raw)
-    print(f"{out}: {kept} of {len(index)} samples kept; dropped:", *(f"{dropped.pop(rule, 0):8} {rule}: {what}" for rule, what in rules.items()),
-          *(f"{n:8} {reason}" for reason, n in dropped.items()), "I1 is not applied: the paper does not name its detector",
-          *[f"{len(known) - len(hashes)} evaluation images could not be read"] * (len(known) > len(hashes)), sep="\n")
+def measure(index, first, last, with_texts=True):
+    """Measured, or the reason why it cannot be used, of samples first ... last - 1."""
+    results = []
+    for i in range(first, last):
+        try:
+            sample = index[i]
+            texts = sample.captions() if with_texts else []
+            image_hash = difference_hash(sample.image(min_size=128))
+            raw = sample.image_bytes()
+            sides = [sample.json.get("original_width"), sample.json.get("original_height")]
+            if not all(isinstance(side, int) and side > 0 for side in sides):
+                sides = open_image(raw).size
+            digest = hashlib.sha256(raw).digest()[:16]
+            results.append(Measured(texts, min(sides), max(sides), digest, image_hash))
+        except Skip as reason:
+            results.append(str(reason))
+    return results
+
+
+def measure_all(index, label, **options):
+    fn = functools.partial(measure, index, **options)
+    starts = index.starts.tolist()
+    parts = parallel_map(fn, starts[:-1], starts[1:], label=label, min_parallel=50)
+    return list(itertools.chain.from_iterable(parts))
+
+
+def unigrams(text):
+    return WORD.findall(text.lower())
+
+
+def grams(text):
+    """Unigrams and bigrams."""
+    words = unigrams(text)
+    return words + [f"{a} {b}" for a, b in zip(words, words[1:])]
+
+
+def frequent_grams(texts, most_frequent):
+    """The most frequent unigrams and bigrams, equals by alphabet; None if all are."""
+    if sum(len(grams(text)) for text in texts) <= most_frequent:  # no table is needed
+        return None
+    counts = collections.Counter(gram for text in texts for gram in grams(text))
+    by_count = heapq.nsmallest(most_frequent, counts, key=lambda gram: (-counts[gram], gram))
+    return set(by_count)
+
+
+def image_rule(measured, rules, evaluation_hashes):
+    """The rule for single images that a sample fails, or None."""
+    if measured.short <= rules.min_side:
+        return "I2"
+    if measured.long >= rules.max_ratio * measured.short:
+        return "I3"
+    if len(evaluation_hashes):
+        distances = np.bitwise_count(evaluation_hashes ^ measured.hash)
+        if distances.min() <= rules.distance:
+            return "I5"
+    return None
+
+
+def text_rule(text, rules, images_of, frequent):
+    """The rule that a text fails, or None."""
+    if images_of[text] > rules.max_images:
+        return "T1"
+    if frequent is not None and not frequent.issuperset(grams(text)):
+        return "T2"
+    if not rules.min_words <= len(unigrams(text)) <= rules.max_words:
+        return "T3"
+    return None
+
+
+def apply_rules(samples, rules, evaluation_hashes):
+    """-> {sample: its texts that pass}, {rule or reason: how often it dropped something}.
+
+    Order (ours): I2, I3, I5 for each sample; I4 and T1 are counted on what is left, T2 on all
+    texts. Each sample and text is counted under the first rule that it fails.
+    """
+    dropped = collections.Counter()
+    passed = {}  # the rules for single images
+    all_texts = []
+    for i, measured in enumerate(samples):
+        reason = measured
+        if isinstance(measured, Measured):
+            reason = image_rule(measured, rules, evaluation_hashes)
+            all_texts += measured.texts
+        if reason:
+            dropped[reason] += 1
+        else:
+            passed[i] = measured
+    pairs = {(measured.digest, text) for measured in passed.values() for text in measured.texts}
+    texts_of = collections.Counter(digest for digest, _ in pairs)
+    images_of = collections.Counter(text for _, text in pairs)
+    frequent = frequent_grams(all_texts, rules.most_frequent)
+
+    kept = {}
+    for i, measured in passed.items():
+        if texts_of[measured.digest] > rules.max_texts:
+            dropped["I4"] += 1
+            continue
+        texts = []
+        for text in measured.texts:
+            rule = text_rule(text, rules, images_of, frequent)
+            if rule is None:
+                texts.append(text)
+            else:
+                dropped[rule] += 1
+        if texts:
+            kept[i] = texts
+        else:
+            dropped["left"] += 1
+    return kept, dropped
+
+
+def filter_pairs(paths, out, against=(), split="train", **thresholds):
+    """Samples that pass ALIGN's rules -> <split>-*.tar in `out`, one for each shard.
+
+    against: shards of evaluation sets, of whose images near copies are dropped. thresholds: fields
+    of Rules. Prints what each rule dropped. Raises UserError if nothing is left.
+    """
+    rules = Rules(**thresholds)
+    with new_shards(out, split) as next_shard:
+        evaluation = []
+        if against:
+            evaluation = measure_all(Index(against), "hashing", with_texts=False)
+        hashes = [m.hash for m in evaluation if isinstance(m, Measured)]
+        index = Index(paths)
+        samples = measure_all(index, "measuring")
+        kept, dropped = apply_rules(samples, rules, np.array(hashes, np.uint64))
+        write_kept(index, kept, next_shard)
+    print_filter_report(out, index, len(kept), dropped, rules, len(hashes))
+    if len(hashes) < len(evaluation):
+        print(f"{len(evaluation) - len(hashes)} evaluation images could not be read")
     if not kept:
-        raise UserError(f"none of {len(index)} samples is left: the report above says by which rule, a flag sets each threshold")
+        raise UserError(f"none of {len(index)} samples is left: the report above says by which "
+                        "rule; a flag sets each threshold")
 
 
-# ---- bench ----
+def write_kept(index, kept, next_shard):
+    """The files of {sample: texts}. A record is written anew where not all its texts are left."""
+    last_shard = None
+    for i, texts in kept.items():
+        shard = np.searchsorted(index.starts, i, side="right")
+        if shard != last_shard:
+            tar = next_shard()
+            last_shard = shard
+        try:
+            sample = index[i]
+        except Skip as reason:
+            raise UserError(f"{index.place(i)}: {reason} since it was measured: retry") from None
+        if texts != sample.captions():
+            record = {**sample.json, "caption": texts}
+            record.pop("captions", None)
+            sample.members["json"] = json.dumps(record).encode()
+        for suffix, raw in sample.members.items():
+            add(tar, f"{sample.key}.{suffix}", raw)
 
-def view(sample, rng, near, size):
-    return {"image": squash(sample.image(near), size, rng)}
+
+def print_filter_report(out, index, n_kept, dropped, rules, n_evaluation):
+    what = {
+        "I2": f"images whose shorter side is at most {rules.min_side} px",
+        "I3": f"images whose sides are in a ratio of {rules.max_ratio:g} or more",
+        "I5": f"images within {rules.distance} bits of one of {n_evaluation} evaluation images, "
+              "by difference hash (ours)",
+        "I4": f"images with more than {rules.max_texts} texts",
+        "T1": f"texts of more than {rules.max_images} images",
+        "T2": f"texts with a token outside the {rules.most_frequent} most frequent unigrams and "
+              "bigrams",
+        "T3": f"texts of less than {rules.min_words} or more than {rules.max_words} unigrams",
+        "left": "samples without a text left",
+    }
+    print(f"{printable(out)}: {n_kept} of {len(index)} samples kept; dropped:")
+    for rule, description in what.items():
+        print(f"{dropped[rule]:8} {rule}: {description}")
+    for reason, count in dropped.items():
+        if reason not in what:
+            print(f"{count:8} {reason}")
+    print("I1 is not applied: the paper does not name its detector")
+    for line in index.warnings():
+        print(printable(line))
 
 
-def bench(paths, image_size=224, workers=(0, 1, common.cores()), images=2000, repeats=3):
-    """Images a second of the Loader, with ALIGN's view, beside Pillow alone, which decodes and resizes the same bytes in one process: medians of
-    repeats that are taken in turn."""
-    index = Index(paths)
-    batch, near = max(1, min(64, images // 8, len(index) // 8)), round(image_size * 346 / 289)
-    plan, steps, raws, speed = Plan(index.starts, batch, 0, 16), min(images, len(index)) // batch, [], collections.defaultdict(list)
-    for p in range(steps * batch):
-        with contextlib.suppress(Skip):
-            raws += filter(None, [index[plan.sample(0, p)].image_bytes()])
-    if len(raws) < 2 * batch or repeats < 1 or image_size < 1 or min(workers) < 0:
-        raise UserError(f"{len(raws)} images to {image_size} px with --repeats {repeats}, --workers {min(workers)}: too few to time anything")
+# ---- check ----
 
-    def alone():
-        for i, raw in enumerate(raws):
-            with contextlib.suppress(Exception):             # what cannot be decoded the Loader passes over as well
-                image = Image.open(io.BytesIO(raw))
-                image.draft("RGB", (near, near))
-                np.asarray(image.convert("RGB").resize((image_size, image_size), Image.BILINEAR))
-            if (i + 1) % batch == 0:
-                yield
+def check(paths):
+    """Print a line for each bad shard and each bad sample. Returns whether there is any."""
+    n_samples = 0
+    n_bad = 0
+    for n, lines in parallel_map(check_shard, paths, label="checking", min_parallel=8):
+        n_samples += n
+        n_bad += len(lines)
+        for line in lines:
+            tqdm.write(printable(line))  # above the bar
+    verdict = f"{n_bad:,} wrong" if n_bad else "nothing wrong"
+    print(f"{len(paths)} shards, {n_samples:,} samples: {verdict}")
+    return n_bad > 0
 
-    def loaded(workers):
-        batches = Batches([Rows(index, plan, functools.partial(view, near=near, size=image_size))], batch)
-        loader = Loader(batches, 0, SimpleNamespace(workers=workers, steps=steps), torch.device("cpu"))
-        for _ in range(steps):
-            yield next(loader)
-        loader.close()
-    for _ in range(repeats):
-        for n in (None, *workers):
-            ends = [time.perf_counter() for _ in (alone() if n is None else loaded(n))][min(n or 0, steps - 2):]     # not the workers' start
-            speed[n].append((len(ends) - 1) * batch / (ends[-1] - ends[0]))
-    print(f"{steps * batch} images to {image_size} px, median of {repeats}")
-    for n, rates in speed.items():
-        ratio = statistics.median(rates) / statistics.median(speed[None])
-        print(f"{'Pillow alone' if n is None else f'--workers {n}':>14} {statistics.median(rates):9.0f} images/s {ratio:6.2f} x Pillow alone")
+
+def check_shard(path):
+    """-> number of samples, lines on what is wrong with the shard and with each of them."""
+    lines = []
+    try:
+        names = read_lines_near([path], "classes.txt", "classnames.txt")
+    except UserError as error:
+        lines.append(f"{path}: {error}")
+        names = None
+    try:
+        index = Index([path])
+    except UserError as error:
+        return 0, [*lines, f"{path}: {error}"]
+    for note, n in index.notes.get(index.paths[0], {}).items():
+        if note != HIDDEN:  # does no harm
+            lines.append(f"{path}: {note} ({n})")
+    for i in range(len(index)):
+        try:
+            reasons = check_sample(index[i], names)
+        except Skip as reason:
+            reasons = [str(reason)]
+        if reasons:
+            lines.append(f"{index.place(i)}: {', '.join(reasons)}")
+    return len(index), lines
+
+
+def check_sample(sample, names):
+    """All that training and evaluation would find wrong with a sample, as a list of reasons.
+
+    names: of the classes, or None.
+    """
+    reasons = []
+    for part in (check_images, check_captions, check_class, check_mask, check_boxes,
+                 check_document):
+        try:
+            reasons += part(sample, names)
+        except Skip as reason:
+            reasons.append(str(reason))
+    return list(dict.fromkeys(reasons))  # one fault may show in several ways
+
+
+def check_images(sample, names):
+    if not sample.is_document():
+        sample.image()
+        return []
+    reasons = []
+    for suffix in sample.members:
+        if suffix.endswith(IMAGES):
+            try:
+                sample.image(member=suffix)
+            except Skip as reason:
+                reasons.append(f"{reason} {suffix}")
+    return reasons
+
+
+def check_captions(sample, names):
+    others = {"cls", "label", "segments", "boxes", "qa", "seg.png", "texts", "text_list"}
+    if sample.has_caption() or not others & {*sample.members, *sample.json}:
+        sample.captions()
+    return []
+
+
+def check_class(sample, names):
+    if sample.has_label() and names and sample.label() >= len(names):
+        return [f"class {sample.label()}, but {len(names)} names of classes"]
+    return []
+
+
+def check_mask(sample, names):
+    if "seg.png" in sample.members:
+        largest = sample.mask().max()
+        if names and largest >= len(names):
+            return [f"class {largest} in the mask, but {len(names)} names of classes"]
+    return []
+
+
+def check_boxes(sample, names):
+    for name in ("boxes", "segments"):  # Sample.boxes takes the first list, too
+        records = sample.json.get(name)
+        if isinstance(records, list):
+            width, height = open_image(sample.image_bytes()).size
+            bad = sum(read_box(record, width, height) is None for record in records)
+            if bad:
+                return [f"{bad} of {len(records)} {name} malformed, outside or without a text"]
+            return []
+        if name in sample.json:
+            return [f"{name} is no list"]
+    return []
+
+
+def check_document(sample, names):
+    if not sample.is_document():
+        return []
+    reasons = []
+    images = []
+    if has_lists(sample.json, "text_list", "image_info"):
+        for entry in sample.json["image_info"]:
+            try:
+                mmc4_entry(entry, len(sample.json["text_list"]))
+                images.append(entry["image_name"])
+            except BadRecord as reason:
+                reasons.append(f"entry of image_info with {reason}")
+    elif has_lists(sample.json, "texts", "images"):
+        images = [name for name in sample.json["images"] if name is not None]
+    for name in images:
+        if not isinstance(name, str) or split_name(name)[1] not in sample.members:
+            reasons.append(f"no image {name}")
+    try:
+        sample.document(common.rng(Stream.SAMPLE, 0, 0, 0), min_size=1, min_similarity=-math.inf)
+    except Skip as reason:
+        reasons.append(str(reason))
+    return reasons
 
 
 # ---- command line ----
 
-def check(paths):
-    """Read every sample of these shards as training would; print what is wrong. Returns whether anything is."""
-    index = Index(paths)
-    wrong, where = collections.Counter(), {}
-    for i in tqdm(range(len(index)), "checking", unit="sample", leave=False, disable=None):
-        try:
-            sample = index[i]
-            if sample.is_document():                         # its pictures are members 0.jpg, 1.jpg, ...
-                pictures = [Sample(sample.key, {"jpg": raw}) for suffix, raw in sample.members.items() if suffix.endswith(IMAGES)]
-            else:
-                pictures = [sample]
-                if "cls" in sample.members:
-                    sample.label()
-                given = {*sample.members, *sample.json}
-                if given & {"txt", "caption"} or not given & {"cls", "label", "segments", "boxes", "qa", "seg.png"}:
-                    sample.captions()
-            for picture in pictures:
-                picture.image()
-            if pictures != [sample]:                         # its lists may be none, or name no picture that is there
-                sample.document(rng_for(0), near=1, least=-np.inf)
-            reasons = ["caption not UTF-8"] * sample.damaged_text
-        except Skip as reason:
-            reasons = [str(reason)]
-        for reason in reasons:
-            wrong[reason] += 1
-            where.setdefault(reason, f"{index.paths[index.rows[i]['shard']]}, sample {i - index.starts[index.rows[i]['shard']]}")
-    for path, notes in index.notes.items():
-        for note, n in notes.items():
-            wrong[note] += n
-            where.setdefault(note, path)
-    print(index.summary() + ": "
-          + ("nothing wrong" if not wrong else "\n  " + "\n  ".join(f"{n:6} {reason} (first: {where[reason]})" for reason, n in wrong.most_common())))
-    return bool(wrong)
+MAKE_HELP = """Write the toy data, which are scenes of simple objects.
+
+pairs: with captions, boxes, masks and questions; labels: with classes; docs: in documents. A part
+that is there is not made again."""
+
+INDEX_HELP = """Count shards and samples, and say which archives are cut, compressed or otherwise
+odd. Of a folder, the shards of all parts are taken, training and held-out."""
+
+CHECK_HELP = """List bad shards and samples, a line each: file, key, what is wrong. Exit code 1 if
+there are any.
+
+Reads everything as training and evaluation do: images, captions, classes, boxes, masks, documents.
+Of a folder, the shards of all parts are taken, training and held-out."""
+
+VOCAB_HELP = """Train a vocabulary for --vocab on the captions of the first 100,000 samples."""
+
+CONVERT_HELP = """Write data of another layout as shards <split>-00000.tar, ... of the folder --out.
+
+  --from captions   FILE.json: COCO's captions; or Karpathy's splits (dataset_coco.json), of which
+                    --split is taken, train with restval; or a list of {"image": name, "caption":
+                    text or list of texts}
+  --from instances  FILE.json: COCO's and LVIS's boxes; makes classes.txt
+  --from vqa        questions.json, with --annotations answers.json: VQA v2
+  --from ade20k     FOLDER of masks: ADE20K (SceneParse150); makes classes.txt from objectInfo150
+  --from folder     FOLDER with a folder of images for each class: ImageNet; makes classes.txt
+  --from mmc4       FILE.jsonl or FILE.jsonl.zip: documents with text_list and image_info (MMC4), or
+                    with texts and images (OBELICS), names of files or URLs that end with them
+
+Images (jpg, png, webp) are copied as they are. They are found below --images by as much of the end
+of their names as is known there. What cannot be used is left out, and the report says how often,
+why, and where first. Keys of the samples are numbers.
+"""
+
+FILTER_HELP = """Copy the samples that pass ALIGN's rules (paper s3) to new shards, one for each.
+
+  I2 --min-side       shorter sides of images are above this, in pixels
+  I3 --max-ratio      longer / shorter side is below this
+  I4 --max-texts      of an image at most
+  I5 --distance       images are further from those of --against, in bits of a difference hash of 64
+                      (ours: the paper has a model of similarity)
+  T1 --max-images     of a text at most
+  T2 --most-frequent  all unigrams and bigrams of a text are among so many
+  T3 --min-words, --max-words   of a text
+
+Defaults are the paper's. I1 is not applied: the paper does not name its detector.
+"""
+
+
+def make_parser():
+    parser = common.Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False)
+    tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
+
+    def add_task(name, summary, description):
+        return tasks.add_parser(
+            name, help=summary, description=description, allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    shards = {"nargs": "+", "metavar": "SHARDS", "help": "tar files, folders, globs, {000..123}"}
+
+    task = add_task("make", "write the toy data", MAKE_HELP)
+    task.add_argument("--root", default="runs", help="folder above it [runs]")
+    task.add_argument("--parts", nargs="+", choices=TOY_PARTS, default=list(TOY_PARTS))
+    task.add_argument("--scenes", type=int, default=20_000, help="training pairs [20000]")
+    task.add_argument("--documents", type=int, default=4_000, help="training documents [4000]")
+    task.add_argument("--noise", type=float, default=0.0, help="share of wrong captions [0]")
+    task.add_argument("--seed", type=int, default=0)
+
+    task = add_task("index", "count shards and samples, say what is odd about archives", INDEX_HELP)
+    task.add_argument("shards", **shards)
+
+    task = add_task("check", "list each bad shard and sample", CHECK_HELP)
+    task.add_argument("shards", **shards)
+
+    task = add_task("vocab", "train a vocabulary on captions", VOCAB_HELP)
+    task.add_argument("shards", **shards)
+    task.add_argument("--size", type=int, default=32_000, help="number of ids [32000]")
+    task.add_argument("--out", default="vocab.json", help="[vocab.json]")
+
+    task = add_task("convert", "write another layout as shards", CONVERT_HELP)
+    task.add_argument("sources", nargs="+", metavar="FILE")
+    task.add_argument("--from", dest="layout", choices=LAYOUTS, required=True)
+    task.add_argument("--images", metavar="FOLDER", help="not for --from folder")
+    task.add_argument("--annotations", nargs="+", default=[], metavar="FILE", help="vqa: answers")
+    task.add_argument("--split", choices=SPLITS, default="train", help="name of the shards [train]")
+    task.add_argument("--per-shard", type=int, default=1000, help="samples in a shard [1000]")
+    task.add_argument("--out", required=True, metavar="FOLDER")
+
+    task = add_task("filter", "drop what ALIGN's rules drop", FILTER_HELP)
+    task.add_argument("shards", **shards)
+    task.add_argument("--against", nargs="+", default=[], metavar="SHARDS", help="evaluation sets")
+    task.add_argument("--split", choices=SPLITS, default="train", help="name of the shards [train]")
+    task.add_argument("--out", required=True, metavar="FOLDER")
+    for field in dataclasses.fields(Rules):
+        flag = common.flag(field.name)
+        task.add_argument(flag, type=field.type, default=field.default, help=f"[{field.default}]")
+    return parser
+
+
+def all_parts(patterns):
+    """As expand, but of a folder all parts, training and held-out, and those of its sub-folders."""
+    names = []
+    for pattern in itertools.chain.from_iterable(p.split("::") for p in patterns):
+        for name in expand_braces(os.path.expanduser(pattern)):
+            folder = glob.escape(name)
+            shards = sorted(glob.glob(f"{folder}/*.tar")) + sorted(glob.glob(f"{folder}/*/*.tar"))
+            names += shards if shards else [name]
+    return expand(names)
 
 
 def main(argv=None):
-    parser = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    tasks = parser.add_subparsers(dest="task", required=True, metavar="make|index|check|vocab|filter|convert|bench")
-    for name, note in (("index", "locate the samples of shards, and say what is odd about the archives"),
-                       ("check", "read every sample; exit 1 if any cannot be used"), ("vocab", "train a vocabulary on captions"),
-                       ("filter", "drop what ALIGN's rules drop, with the paper's thresholds"),
-                       ("bench", "speed of the loader beside the bare decoding of the same bytes")):
-        tasks.add_parser(name, help=note, allow_abbrev=False).add_argument("shards", nargs="+")
-    make, rules = tasks.add_parser("make", help="write the built-in world", allow_abbrev=False), tasks.choices["filter"]
-    make.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    rules.add_argument("--out", required=True)
-    rules.add_argument("--against", nargs="+", default=[], metavar="SHARDS", help="evaluation sets, whose near-duplicates are dropped")
-    rules.add_argument("--split", choices=SPLITS, default="train", help="the name of the shards [train]")
-    tasks.choices["bench"].add_argument("--workers", type=int, nargs="+", default=[0, 1, common.cores()], help=f"[0 1 {common.cores()}]")
-    for name, default, note in (("make root", "runs", ""), ("make scenes", 20000, ""), ("make documents", 4000, ""), ("make seed", 0, ""),
-                                ("make noise", 0.0, ""), ("vocab size", 32_000, "number of ids"), ("vocab out", "vocab.json", ""),
-                                ("bench image-size", 224, ""), ("bench images", 2000, ""), ("bench repeats", 3, ""),
-                                ("filter min-side", 200, "I2: shorter sides are above this, in pixels"),
-                                ("filter max-ratio", 3.0, "I3: longer / shorter side is below this"), ("filter distance", 4, "I5: bits of 64, ours"),
-                                ("filter max-texts", 1000, "I4: of an image"), ("filter max-images", 10, "T1: of a text"),
-                                ("filter most-frequent", 100_000_000, "T2: this many unigrams and bigrams are not rare"),
-                                ("filter min-words", 3, "T3"), ("filter max-words", 20, "T3")):
-        task, name = name.split()
-        tasks.choices[task].add_argument(f"--{name}", type=type(default), default=default, help=f"{note} [{default}]".strip())
-    other = tasks.add_parser("convert", help="write another layout as shards", allow_abbrev=False)
-    other.add_argument("sources", nargs="+", metavar="FILE", help="mmc4, obelics: .jsonl or .jsonl.zip; flamingo: .tar; captions, instances, vqa: "
-                       ".json; flickr30k: its text file; ade20k: the folder of the masks; folder: the folder of the class folders")
-    other.add_argument("--from", dest="layout", choices=LAYOUTS, required=True)
-    other.add_argument("--images", help="folder of the images, searched with its sub-folders; not for flamingo and folder")
-    other.add_argument("--annotations", nargs="+", default=(), metavar="FILE", help="vqa: the files of the answers")
-    other.add_argument("--map", dest="url_map", help="JSON file {url: file name}, where documents name images by URL")
-    other.add_argument("--split", choices=SPLITS, default="train", help="the shards' name, and the part of Karpathy's files that is taken [train]")
-    other.add_argument("--per-shard", type=int, default=1000, help="samples in a shard [1000]")
-    other.add_argument("--out", required=True)
-    args = vars(parser.parse_args(argv))
-    task, paths = args.pop("task"), expand(args.pop("shards", []))
+    args = vars(make_parser().parse_args(argv))
+    task = args.pop("task")
     if task == "make":
-        print(make_world(**args))
-    elif task == "convert":
-        convert(**args)
-    elif task == "filter":
-        filter_pairs(paths, against=expand(args.pop("against"), "test"), **args)
-    elif task == "bench":
-        bench(paths, **args)
+        print(make_toy_data(**args))
+    elif task == "index":
+        index = Index(all_parts(args["shards"]))
+        print(printable(index.summary()))
+        for line in index.warnings():
+            print(printable(line))
     elif task == "check":
-        sys.exit(int(check(paths)))
+        sys.exit(int(check(all_parts(args["shards"]))))
     elif task == "vocab":
-        tokenizer = Tokenizer.train(first_captions(Index(paths)), args["size"])
+        texts = first_captions(Index(expand(args["shards"])))
+        tokenizer = Tokenizer.train(texts, args["size"])
         tokenizer.save(args["out"])
         print(f"{args['out']}: {tokenizer.vocab_size} ids")
+    elif task == "convert":
+        convert(**args)
     else:
-        index = Index(paths)
-        print("\n".join([index.summary(), *index.oddities()]))
+        args["paths"] = expand(args.pop("shards"))
+        args["against"] = expand(args["against"], "test")
+        filter_pairs(**args)
 
 
 if __name__ == "__main__":
-    common.guard(main)
+    common.run_command(main)

@@ -1,1868 +1,3139 @@
-"""Measure checkpoints: metrics as pure functions, protocols over shards, pictures, and one command line.
+"""Measure checkpoints: features, metrics, protocols, search, pictures, and one command line.
 
-    python eval.py retrieval runs/align/last.pt --data '../shared/data/pairs/test-*.tar'
-    python eval.py zeroshot runs/align/last.pt --data ../shared/data/labels
-    python eval.py knn runs/align/last.pt                      # without --data: the built-in world's held-out split
-    python eval.py linear runs/align/last.pt --protocol mae --data cifar/ pets/         # each folder is a data set; at the end their mean
-    python eval.py finetune runs/mug/last.pt --data imagenet/ --percent 10              # trains: encoder and classifier; also segment, detect, vqa
-    python eval.py segment vit.safetensors --data ade20k/ --frozen                      # an encoder file will do; the head alone
-    python eval.py compare runs/*/last.pt --heads --out runs/report
+    python eval.py retrieval runs/align/last.pt --data 'coco/test-*.tar'
+    python eval.py zeroshot runs/align/last.pt --data cifar10/
+    python eval.py linear runs/mug/last.pt  # without --data: the toy data
+    python eval.py linear runs/mug/last.pt --random-init  # the same encoder, untrained
+    python eval.py finetune runs/mug/last.pt --data imagenet/  # trains; also segment, detect, vqa
+    python eval.py search runs/align/last.pt --text 'a red circle left of a blue star'
+    python eval.py compare runs/*/last.pt --out runs/report
     python eval.py export runs/align/last.pt --out vit.safetensors
-    python eval.py search runs/align/last.pt --text 'a red circle' --image photo.jpg
 
-Read the metrics first (each says whose definition it is), then the protocols, which ask a model for .vision, encode_image, encode_text, generate,
-score and fused only, then Recipe, the four heads and train_head.
-Every number is a fraction of the whole split. Several ranks share the work without padding: results do not depend on how many there are.
+Reading order: features (images -> vectors), metrics (pure functions, each with its source),
+protocols (features -> metrics), results (metrics -> a table). What follows stands by itself:
+search, pictures, checkpoints and encoder files, trained heads, command line.
 
-Dimension key: I images, T texts, C classes, P prompts of a class, E joint embedding, D width.
+A model has `vision` and `held_out_view`, and is asked for encode_image, encode_text, generate,
+score, match_score where it has them. Numbers are fractions of a whole split; ranks share the work
+without padding, so that no result depends on how many there are.
+
+Dimension key: I images, T texts, C classes, P prompts of a class, N patches, E embedding, D width.
 """
-import argparse, collections, colorsys, contextlib, copy, dataclasses, functools, hashlib, importlib, io, itertools, json, math, operator, os, re, sys
+import argparse
+import collections
+import colorsys
+import copy
+import functools
+import hashlib
+import importlib
+import json
+import math
+import os
+import re
+import sys
+import textwrap
+import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from torch import nn
 from tqdm import tqdm
 
 import common
 import data
-from common import UserError, print0, rank, rank0_first, world
-
-METHODS = {"ALIGN": "align", "MUG": "mug", "LCL": "lcl", "TiMix": "timix", "M3I": "m3i"}
+from common import UserError, print0, rank, world_size
 
 
-# ---- metrics: fractions; of equal scores the earlier index ranks first, so a constant model does not score 100 %; a NaN never hits ----
+# ---- features ----
 
-def ranks(scores, target):                                   # scores (N, C), target (N,) column indices -> (N,) int64
-    """Place of each row's target among the row's scores, 0 = best: how many are larger, or equal and earlier. A NaN target never hits."""
-    places, column = [], torch.arange(scores.shape[1], device=scores.device)
-    n = max(1, 2**22 // scores.shape[1])                     # rows per chunk: temporaries of 4 M scores, whatever N and C are
-    for rows, t in zip(scores.split(n), target[:, None].split(n)):
-        own = rows.gather(1, t)
-        place = ((rows > own) | (rows == own) & (column < t)).sum(1)      # a NaN elsewhere compares false: it beats nobody
+def rank_slice(n):
+    """This rank's part of n things, as a range; those of all ranks, in order, are range(n)."""
+    return range(rank() * n // world_size(), (rank() + 1) * n // world_size())
+
+
+def all_gather_rows(x):
+    """Rows of all ranks in rank order: (n_r, ...), any number of rows a rank -> (I, ...)."""
+    if world_size() == 1:
+        return x
+    counts = common.all_gather(torch.tensor([len(x)], device=x.device)).tolist()
+    longest = max(counts)
+    padding = x.new_zeros(longest - len(x), *x.shape[1:])
+    parts = common.all_gather(torch.cat([x, padding])).split(longest)
+    return torch.cat([part[:n] for part, n in zip(parts, counts)])
+
+
+def progress(items, label, total):
+    """The items; rank 0 shows how far they are: a bar on a terminal, else a line now and then."""
+    if rank() > 0:
+        yield from items
+        return
+    if sys.stderr.isatty():
+        yield from tqdm(items, label, total, leave=False)
+        return
+    last = time.monotonic()
+    for n, item in enumerate(items):
+        if time.monotonic() - last > 5:
+            print(f"{label}: {n:,} of {total:,}", file=sys.stderr, flush=True)
+            last = time.monotonic()
+        yield item
+
+
+def load_sample(index, number, view, read):
+    """-> view(image), read(sample), number; or the data.Skip that says why there is none."""
+    try:
+        sample = index[number]
+        image = view(sample.image())
+        return image, None if read is None else read(sample), number
+    except data.Skip as reason:
+        return reason
+
+
+def iter_images(index, view, read=None, numbers=None, block=512):
+    """This rank's share of an index, a block at a time -> images, values, sample numbers.
+
+    images: uint8 (n, 3, S, S), view(PIL image) of each; values: [read(sample)], None without read.
+    numbers (n,): only these samples, in this order. Samples of which one of the two raises
+    data.Skip are left out and counted.
+    """
+    if numbers is None:
+        numbers = torch.arange(len(index))
+    share = rank_slice(len(numbers))
+    numbers = numbers[share.start:share.stop].tolist()
+    load = functools.partial(load_sample, index, view=view, read=read)
+    skipped = collections.Counter()
+    starts = range(0, len(numbers), block)
+    with ThreadPoolExecutor(common.cpu_count()) as pool:  # Pillow decodes outside Python's lock
+        for start in progress(starts, f"reading images, blocks of {block}", len(starts)):
+            rows = []
+            for row in pool.map(load, numbers[start:start + block]):
+                if isinstance(row, data.Skip):
+                    skipped[str(row)] += 1
+                else:
+                    rows.append(row)
+            if rows:
+                images, values, ids = zip(*rows)
+                yield torch.from_numpy(np.stack(images)), list(values), list(ids)
+    if skipped:
+        reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(skipped.items()))
+        print(f"warning: {skipped.total()} of {len(numbers)} samples are not evaluated: {reasons}",
+              file=sys.stderr)
+
+
+@torch.no_grad()
+def in_batches(fn, cfg, device, *rows, size=256):
+    """fn over batches of rows, in the run's precision -> its rows on the CPU, at least float32."""
+    parts = []
+    with common.autocast(cfg.precision, device):
+        for batch in zip(*(x.split(size) for x in rows)):
+            out = fn(*(x.to(device) for x in batch))
+            parts.append(common.at_least_float32(out).cpu())
+    return torch.cat(parts)
+
+
+def embed_samples(model, index, cfg, device, fn, read=None, numbers=None, half=False):
+    """Every usable image of an index through fn, on the CPU.
+
+    -> features (I, ...) of all ranks, [read(sample)] of this rank's share, sample numbers (I,).
+    half: keep the features in float16. UserError where no sample is usable.
+    """
+
+    def run(images):
+        out = in_batches(fn, cfg, device, images)
+        return out.half() if half else out
+
+    size = model.vision.image_size
+    features = [run(torch.zeros(0, 3, size, size, dtype=torch.uint8))]  # for a rank without images
+    values = []
+    ids = []
+    for images, block_values, block_ids in iter_images(index, model.held_out_view, read, numbers):
+        features.append(run(images))
+        values += block_values
+        ids += block_ids
+    ids = all_gather_rows(torch.tensor(ids, dtype=torch.long))
+    if not len(ids):
+        raise UserError(f"none of the {len(index)} samples of {index.paths[0]} ... can be "
+                        "evaluated, for the reasons above")
+    return all_gather_rows(torch.cat(features)), values, ids
+
+
+def embed_images(model, index, cfg, device, fn=None):
+    """Every readable image of an index through fn (encode_image if none is given).
+
+    -> features (I, ...) on the CPU, sample numbers (I,).
+    """
+    if fn is None:
+        fn = model.encode_image
+    features, _, ids = embed_samples(model, index, cfg, device, fn)
+    return features, ids
+
+
+def embed_labelled(model, index, cfg, device, fn, half=False):
+    """The same for the images that have a class -> features, classes (I,), sample numbers (I,)."""
+    features, labels, ids = embed_samples(
+        model, index, cfg, device, fn, data.Sample.label, half=half)
+    return features, all_gather_rows(torch.tensor(labels, dtype=torch.long)), ids
+
+
+def tokenize(tokenizer, texts, context):
+    """Texts -> tokens and valid (T, L); L is as long as the longest of them, at most context."""
+    tokens = torch.zeros(len(texts), context, dtype=torch.long)
+    valid = torch.zeros(len(texts), context, dtype=torch.bool)
+    for row, text in enumerate(texts):
+        ids, is_token = tokenizer.pad(text, context)
+        tokens[row] = torch.as_tensor(ids)
+        valid[row] = torch.as_tensor(is_token)
+    longest = 1
+    if texts:
+        longest = int(valid.sum(1).max())
+    return tokens[:, :longest], valid[:, :longest]
+
+
+def encode_texts(model, tokenizer, texts, cfg, device):
+    """Texts -> (T, E), unit length."""
+    tokens, valid = tokenize(tokenizer, texts, cfg.context)
+    return in_batches(model.encode_text, cfg, device, tokens, valid)
+
+
+def read_captions(sample):
+    """All captions of a sample; each line of its .txt is one (evaluation tars)."""
+    return sample.captions(lines=True)
+
+
+def embed_pairs(model, tokenizer, index, cfg, device):
+    """Captioned shards -> what retrieval compares.
+
+    -> image (I, E), text (T, E), owner (T,) = row of each text's image, sample numbers (I,).
+    """
+    image, captions, ids = embed_samples(
+        model, index, cfg, device, model.encode_image, read_captions)
+    counts = all_gather_rows(torch.tensor([len(c) for c in captions], dtype=torch.long))
+    texts = [text for image_captions in captions for text in image_captions]
+    text = all_gather_rows(encode_texts(model, tokenizer, texts, cfg, device))
+    owner = torch.arange(len(counts)).repeat_interleave(counts)
+    return image, text, owner, ids
+
+
+# ---- metrics ----
+# Fractions of 1. Of equal scores the earlier index ranks first, so that a constant model does not
+# score 100 %; a NaN is never right.
+
+def ranks(scores, target):
+    """Place of each row's target, 0 = best: how many in its row are larger, or equal and earlier.
+
+    scores (N, C), target (N,) column numbers -> (N,) int64. A target with a NaN is last of all.
+    """
+    column = torch.arange(scores.shape[1], device=scores.device)
+    rows_at_a_time = max(1, 2**22 // scores.shape[1])  # temporaries of 4 M scores, whatever N is
+    places = []
+    chunks = zip(scores.split(rows_at_a_time), target[:, None].split(rows_at_a_time))
+    for rows, own_column in chunks:
+        own = rows.gather(1, own_column)
+        better = (rows > own) | ((rows == own) & (column < own_column))  # never true for a NaN
+        place = better.sum(1)
         places.append(place.masked_fill(own[:, 0].isnan(), torch.iinfo(torch.int64).max))
     return torch.cat(places)
 
 
-def accuracy(scores, labels, k=1):                           # scores (N, C), labels (N,) in [0, C) -> fraction, or None
-    """Share of items whose label is among the k best scores; None if k > C, where it means nothing (formats 9.1)."""
-    assert len(scores) == len(labels) > 0, f"{len(scores)} rows of scores for {len(labels)} labels"
-    return (ranks(scores, labels) < k).double().mean().item() if k <= scores.shape[1] else None
+def accuracy(scores, labels, k=1):
+    """Share of rows whose label is among the k best scores; scores (N, C), labels (N,).
 
-
-def recall_at_k(sim, owner, ks=(1, 5, 10)):                  # sim (T, I), owner (T,): the image of each text
-    """{"i2t": {k: fraction}, "t2i": {k: fraction}} as ALBEF counts them (formats 9.2); rows are texts, columns images.
-
-    t2i: share of texts whose image is among the k best images. i2t: share of images with at least one own text among the k best of all
-    texts; images that own no text cannot be right or wrong and are left out (they still compete in t2i). k beyond the number of
-    candidates gives 1, as the definition says. Nothing larger than a chunk of sim is built.
+    None if k > C, where it means nothing.
     """
-    (texts, images), device = sim.shape, sim.device
-    assert owner.shape == (texts,) and texts > 0, f"owner {tuple(owner.shape)} must name one image for each of {texts} texts"
-    own = sim[torch.arange(texts, device=device), owner]     # only the best own text of an image matters: highest score, then earliest
-    order = (-own).argsort(stable=True)                      # all texts in that order; NaN sorts last
-    first = torch.full((images,), texts, device=device).scatter_reduce(0, owner, order.argsort(), "amin")   # texts = owns none
-    i2t = ranks(sim.T, order[first.clamp(max=texts - 1)])[first < texts]
+    assert len(scores) == len(labels) > 0, f"{len(scores)} rows of scores, {len(labels)} labels"
+    if k > scores.shape[1]:
+        return None
+    return (ranks(scores, labels) < k).double().mean().item()
+
+
+def recall_at_k(sim, owner, ks=(1, 5, 10)):
+    """Retrieval recall as ALBEF counts it -> {"i2t": {k: fraction}, "t2i": {k: fraction}}.
+
+    sim (T, I): rows are texts, columns images; owner (T,): the image of each text.
+    t2i: share of texts whose image is among the k best images. i2t: share of images with at least
+    one own text among the k best of all texts; images without a text are left out there. Nothing
+    larger than a chunk of sim is built.
+    """
+    n_texts, n_images = sim.shape
+    assert owner.shape == (n_texts,) and n_texts > 0, f"owner {tuple(owner.shape)}, {n_texts} texts"
     t2i = ranks(sim, owner)
-    return {name: {k: (place < k).double().mean().item() for k in ks} for name, place in (("i2t", i2t), ("t2i", t2i))}
+
+    # of an image's own texts only the best one matters: the highest score, then the earliest
+    own_scores = sim.gather(1, owner[:, None])[:, 0]
+    order = (-own_scores).argsort(stable=True)  # texts, best first; NaN last
+    place = order.argsort()  # of each text in that order
+    first = torch.full((n_images,), n_texts, device=sim.device)  # n_texts: no text of its own
+    first = first.scatter_reduce(0, owner, place, "amin")
+    best_text = order[first.clamp(max=n_texts - 1)]
+    i2t = ranks(sim.T, best_text)[first < n_texts]
+
+    return {
+        "i2t": {k: (i2t < k).double().mean().item() for k in ks},
+        "t2i": {k: (t2i < k).double().mean().item() for k in ks},
+    }
 
 
-def mean_per_class(pred, labels):                            # pred, labels (N,) class indices
-    """Mean over the classes present in labels of the share predicted right (= balanced accuracy, scikit-learn)."""
-    assert pred.shape == labels.shape and len(labels) > 0, f"{tuple(pred.shape)} predictions for {tuple(labels.shape)} labels"
+def mean_per_class(predicted, labels):
+    """Mean over the classes present in labels of the share predicted right; both (N,).
+
+    The same as scikit-learn's balanced accuracy.
+    """
+    assert predicted.shape == labels.shape and len(labels) > 0
     count = labels.bincount()
-    right = labels[pred == labels].bincount(minlength=len(count))
-    return (right[count > 0].double() / count[count > 0]).mean().item()
+    right = labels[predicted == labels].bincount(minlength=len(count))
+    present = count > 0
+    return (right[present].double() / count[present]).mean().item()
 
 
-def knn(train, train_labels, test, k=20):                    # train (N, E), train_labels (N,), test (M, E), any length -> (M,)
-    """Weighted vote of the k nearest by cosine, weight exp(sim / 0.07) (DINO eval_knn.py). A feature with NaN gets, and gives, no vote:
-    a test item without any vote is labelled -1. Needs k <= N."""
-    assert k <= len(train), f"k = {k} neighbours out of {len(train)} training features"
-    train, labels = F.normalize(train, dim=1), []
+def k_nearest(sim, k):
+    """Columns (R, k) of the k largest of each row, unsorted; of equal ones the earlier.
+
+    topk breaks ties as it likes, so only its k-th value is used.
+    """
+    kth = sim.topk(k).values[:, -1:]
+    above = sim > kth
+    tied = sim == kth
+    room = k - above.sum(1, keepdim=True)
+    selected = above | (tied & (tied.cumsum(1) <= room))
+    return selected.nonzero()[:, 1].view(len(sim), k)
+
+
+def knn(train, train_labels, test, k=20):
+    """Weighted vote of the k nearest by cosine, weight exp(sim / 0.07) (DINO's eval_knn.py).
+
+    train (N, E), train_labels (N,), test (M, E), of any length -> labels (M,). A feature with a NaN
+    gets no vote and gives none: a test row without any vote is labelled -1.
+    """
+    if k > len(train):
+        raise ValueError(f"k = {k} neighbours out of {len(train)} training features")
+    train = F.normalize(train, dim=1)
+    n_classes = int(train_labels.max()) + 1
+    predicted = []
     for rows in F.normalize(test, dim=1).split(max(1, 2**24 // len(train))):
         sim = (rows @ train.T).nan_to_num(nan=-torch.inf)
-        last = sim.topk(k).values[:, -1:]                    # topk breaks ties as it likes, so take its k-th value, not its choice
-        tied = sim == last
-        near = (sim > last) | tied & (tied.cumsum(1) <= k - (sim > last).sum(1, keepdim=True))    # exactly k per row
-        near = near.nonzero()[:, 1].view(len(rows), k)
-        votes = sim.new_zeros(len(rows), int(train_labels.max()) + 1)
-        best = votes.scatter_add(1, train_labels[near], (sim.gather(1, near) / 0.07).exp()).max(1)
-        labels.append(best.indices.masked_fill(best.values == 0, -1))
-    return torch.cat(labels)
+        nearest = k_nearest(sim, k)
+        weight = (sim.gather(1, nearest) / 0.07).exp()
+        votes = sim.new_zeros(len(rows), n_classes).scatter_add(1, train_labels[nearest], weight)
+        best = votes.max(1)
+        predicted.append(best.indices.masked_fill(best.values == 0, -1))
+    return torch.cat(predicted)
 
 
-def prompt_ensemble(embeds):                                 # (C, P, E): P prompts of each class, any length -> (C, E), unit length
-    """Zero-shot classifier of CLIP: mean of unit vectors, made unit again. Without the inner step long vectors win (formats 11.1)."""
+def prompt_ensemble(embeds):
+    """CLIP's zero-shot classifier: (C, P, E) prompts of each class, of any length -> (C, E) unit.
+
+    The mean of unit vectors, made unit again. Without the inner step long vectors would win.
+    """
     return F.normalize(F.normalize(embeds, dim=-1).mean(1), dim=-1)
 
 
-def logistic(x, y, C, start, most=1000):                    # x (N, E) float64, y (N,), start = weights (E, classes) and bias (classes,)
-    """Logistic regression as scikit-learn states it: |W|^2 / 2 + C * summed cross-entropy, full-batch L-BFGS, until the gradient of the mean is
-    below 1e-4 or for `most` iterations. -> weights, bias"""
-    W, b = (p.clone().requires_grad_() for p in start)
-    opt = torch.optim.LBFGS([W, b], max_iter=most, tolerance_grad=1e-4, line_search_fn="strong_wolfe")
+def logistic_regression(x, y, C, start, max_iter):
+    """Minimize |W|^2 / 2 + C * summed cross-entropy (scikit-learn's objective) by L-BFGS.
+
+    x (N, E) float64, y (N,); start: weight (E, classes) and bias (classes,). Stops where the
+    gradient of the mean is below 1e-4. -> weight, bias
+    """
+    weight = start[0].clone().requires_grad_()
+    bias = start[1].clone().requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=max_iter, tolerance_grad=1e-4, line_search_fn="strong_wolfe"
+    )
 
     def closure():
-        opt.zero_grad()
-        loss = F.cross_entropy(x @ W + b, y) + W.square().sum() / (2 * C * len(y))
+        optimizer.zero_grad()
+        penalty = weight.square().sum() / (2 * C * len(y))
+        loss = F.cross_entropy(x @ weight + bias, y) + penalty
         loss.backward()
         return loss
-    opt.step(closure)
-    return W.detach(), b.detach()
+
+    optimizer.step(closure)
+    return weight.detach(), bias.detach()
 
 
-def linear_probe(train, train_labels, test):                 # train (N, E), train_labels (N,), test (M, E) -> labels (M,)
-    """CLIP's probe: logistic regression on features as they are. C is searched as CLIP does (appendix A.3), coarser: the powers of a hundred from
-    1e-6 to 1e6, then steps of 10, 3.2 and 1.8 around the best, by accuracy on every fifth training row after 100 iterations; then all rows
-    are fitted."""
-    assert len(train) >= 5, f"{len(train)} training rows: a fifth of them is needed to choose C"
-    train, test, classes = train.double(), test.double(), int(train_labels.max()) + 1
-    held, scores = torch.arange(len(train), device=train.device) % 5 == 4, {}
-    fits = {-math.inf: (train.new_zeros(train.shape[1], classes), train.new_zeros(classes))}
+def linear_probe(train, train_labels, test):
+    """CLIP's linear probe: logistic regression on features as they are -> labels (M,).
+
+    train (N, E), train_labels (N,), test (M, E). C is searched as CLIP does (appendix A.3) but more
+    coarsely (ours): powers of a hundred from 1e-6 to 1e6, then steps of 10, 3.2 and 1.8 around the
+    best, by accuracy on every fifth training row after 100 iterations; then all rows are fitted.
+    """
+    if len(train) < 5:
+        raise UserError(f"a linear probe needs at least 5 labelled training images, here are "
+                        f"{len(train)}")
+    n_classes = int(train_labels.max()) + 1
+    center = train.double().mean(0)  # as the bias is free, the optimum stays; it is found sooner
+    train = train.double() - center
+    held_out = torch.arange(len(train), device=train.device) % 5 == 4
+    no_weight = train.new_zeros(train.shape[1], n_classes)
+    fits = {-math.inf: (no_weight, train.new_zeros(n_classes))}  # power of ten -> weight, bias
+    scores = {}
 
     def predict(fit, x):
         return (x @ fit[0] + fit[1]).argmax(1)
 
     def score(power):
-        if power not in scores:                              # started where the next smaller C ended: the optimum is the same, and near
-            fits[power] = logistic(train[~held], train_labels[~held], 10.0 ** power, fits[max(p for p in fits if p < power)], 100)
-            scores[power] = (predict(fits[power], train[held]) == train_labels[held]).double().mean().item()
+        """Accuracy on the held-out fifth with C = 10^power; started from the next smaller C."""
+        if power not in scores:
+            start = fits[max(p for p in fits if p < power)]
+            x = train[~held_out]
+            y = train_labels[~held_out]
+            fits[power] = logistic_regression(x, y, 10.0**power, start, max_iter=100)
+            right = predict(fits[power], train[held_out]) == train_labels[held_out]
+            scores[power] = right.double().mean().item()
         return scores[power]
+
     best = max(range(-6, 7, 2), key=score)
     for step in (1, 0.5, 0.25):
         best = max((best, best - step, best + step), key=score)
-    return predict(logistic(train, train_labels, 10.0 ** best, fits[best]), test)
+    fit = logistic_regression(train, train_labels, 10.0**best, fits[best], max_iter=1000)
+    return predict(fit, test.double() - center)
 
 
-def mae_probe(train, train_labels, test, epochs=90, batch=16_384):
-    """MAE's linear probe (main_linprobe.py): features through a batch norm without gain, a linear layer by LARS (momentum 0.9, trust 0.001, no
-    decay), rate 0.1 x batch / 256 after 10 epochs of warm-up, then a cosine to 0. Ours: pooled patches instead of the class token, features computed
-    once from central crops, so no augmentation, and a smaller bank is one batch. Made for ImageNet's 1.3 million images: on small banks the weights
-    hardly leave their start."""
-    g, N, batch, labels = common.generator(0), len(train), min(batch, len(train)), F.one_hot(train_labels).float()
-    W, b = torch.nn.init.trunc_normal_(torch.empty(labels.shape[1], train.shape[1]), std=0.01, generator=g), torch.zeros(labels.shape[1])
-    speed_W, speed_b, mean, var = torch.zeros_like(W), torch.zeros_like(b), torch.zeros(train.shape[1]), torch.ones(train.shape[1])
-    for step in range(epochs * (N // batch)):
-        epoch, place = divmod(step, N // batch)
-        if place == 0:
-            order = torch.randperm(N, generator=g)
-        rows, done = order[place * batch:][:batch], step / (N // batch)
-        lr = 0.1 * batch / 256 * (done / 10 if done < 10 else (1 + math.cos(math.pi * (done - 10) / (epochs - 10))) / 2)
-        x = F.batch_norm(train[rows].float(), mean, var, training=True, eps=1e-6)
-        error = ((x @ W.T + b).softmax(1) - labels[rows]) / batch                                # gradient of the mean cross-entropy
-        grad = error.T @ x
-        speed_W.mul_(0.9).add_(grad * 0.001 * W.norm() / grad.norm().clamp(min=1e-12))           # LARS leaves 1-D parameters alone
-        speed_b.mul_(0.9).add_(error.sum(0))
-        W, b = W - lr * speed_W, b - lr * speed_b
-    return (F.batch_norm(test.float(), mean, var, eps=1e-6) @ W.T + b).argmax(1)
+class AttentiveProbe(nn.Module):
+    """LCL's frozen protocol: one learned query pools the patch tokens, then a linear classifier.
 
+    Departure: LCL's norms of keys and of values are one here; the maps behind it absorb the gains.
+    """
 
-class AttentiveProbe(torch.nn.Module):
-    """LCL's frozen protocol: one learned query pools the encoder's patch tokens, then layer norm and a linear classifier. LCL's norms of keys and of
-    values are one here: the maps behind it absorb the gains. As there is one query, no token needs a key or a value of its own."""
     def __init__(self, dim, classes):
         super().__init__()
-        self.heads = math.gcd(dim, max(1, dim // 64))        # 64 wide, as lcl.py's pool
-        self.query, self.q = torch.nn.Parameter(torch.randn(dim)), torch.nn.Linear(dim, dim)
-        self.norm, self.norm_pooled = torch.nn.LayerNorm(dim), torch.nn.LayerNorm(dim)
-        self.k, self.v, self.out, self.head = (torch.nn.Linear(dim, n) for n in (dim, dim, dim, classes))      # k's bias has no effect
+        self.heads = math.gcd(dim, max(1, dim // 64))  # 64 wide, as lcl.py's pool
+        self.query = nn.Parameter(torch.randn(dim))
+        self.norm = nn.LayerNorm(dim)
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, dim)
+        self.out = nn.Linear(dim, dim)
+        self.norm_pooled = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, classes)
         self.apply(common.init_weights)
 
-    def forward(self, tokens):                               # (B, N, D) -> (B, C)
-        x, k, v = self.norm(tokens), *(m.weight.unflatten(0, (self.heads, -1)) for m in (self.k, self.v))      # (B, N, D), (H, D/H, D) twice
-        query = self.q(self.query).view(self.heads, -1)      # (H, D/H)
-        weight = (x @ torch.einsum("hd,hde->eh", query, k) * query.shape[1] ** -0.5).softmax(1)                # (B, N, H)
-        pooled = torch.einsum("bhe,hde->bhd", weight.mT @ x, v).flatten(1) + self.v.bias
+    def forward(self, tokens):  # (B, N, D) -> (B, C)
+        x = self.norm(tokens)
+        q = self.q(self.query).expand(len(x), 1, -1)  # (B, 1, D)
+        q, k, v = (common.split_heads(part, self.heads) for part in (q, self.k(x), self.v(x)))
+        pooled = common.attention(q, k, v).flatten(1)  # (B, H, 1, D/H) -> (B, D)
         return self.head(self.norm_pooled(self.out(pooled)))
 
 
-def attentive_probe(train, train_labels, test, device="cpu", epochs=20, batch=256):      # (N, patches, D), (N,), (M, patches, D) -> labels (M,)
-    """Train an AttentiveProbe and ask it. The paper's numbers were not available: AdamW, 1e-3, decay 0.05, 20 epochs or 500 steps, cosine: ours."""
+def attentive_probe(train, train_labels, test, device="cpu", epochs=20, batch=256):
+    """Train an AttentiveProbe and let it classify -> labels (M,).
+
+    train (N, patches, D), train_labels (N,), test (M, patches, D). LCL's numbers were not
+    available; ours: AdamW, 1e-3, decay 0.05, 20 epochs or at least 500 steps, cosine.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(0)
         probe = AttentiveProbe(train.shape[2], int(train_labels.max()) + 1).to(device)
-    epochs, g = max(epochs, 500 // -(-len(train) // batch)), common.generator(0)
-    steps = epochs * -(-len(train) // batch)
-    cfg = SimpleNamespace(wd=0.05, warmup=steps // 10, steps=steps, schedule="cosine")
-    opt = common.adamw(probe, cfg, (0.9, 0.95))
-    rows = itertools.chain.from_iterable(torch.randperm(len(train), generator=g).split(batch) for _ in range(epochs))
-    for step, r in enumerate(tqdm(rows, "attentive probe", steps, leave=False, disable=rank() > 0 or None)):
-        for group in opt.param_groups:
-            group["lr"] = common.lr_at(step + 1, cfg, 1e-3)
-        loss = F.cross_entropy(probe(train[r].float().to(device)), train_labels[r].to(device))
-        opt.zero_grad()
+    optimizer = common.adamw(probe, wd=0.05, betas=(0.9, 0.95))
+    generator = torch.Generator().manual_seed(0)
+    steps_per_epoch = math.ceil(len(train) / batch)
+    epochs = max(epochs, 500 // steps_per_epoch)
+    steps = epochs * steps_per_epoch
+
+    for step in progress(range(steps), "training the attentive probe", steps):
+        if step % steps_per_epoch == 0:
+            batches = torch.randperm(len(train), generator=generator).split(batch)
+        rows = batches[step % steps_per_epoch]
+        for group in optimizer.param_groups:
+            group["lr"] = common.cosine_lr(step, steps, steps // 10, 1e-3)
+        logits = probe(train[rows].float().to(device))
+        loss = F.cross_entropy(logits, train_labels[rows].to(device))
+        optimizer.zero_grad()
         loss.backward()
-        opt.step()
+        optimizer.step()
+
     with torch.no_grad():
         return torch.cat([probe(x.float().to(device)).argmax(1).cpu() for x in test.split(batch)])
 
 
-def rerank(sim, score, k=16):                                # sim (Q, C); score(queries (n,), candidates (n,)) -> (n,)
-    """Each query's k best candidates by similarity put in the order of score, above all others, which keep theirs (ALBEF, whose k is 128 or 256).
-    Ranks share the queries."""
-    own = share_of(len(sim))
-    sim = sim[own.start:own.stop]
-    best = torch.cat([(-s).argsort(dim=1, stable=True)[:, :k] for s in sim.split(1024)])
-    value = score(torch.arange(own.start, own.stop).repeat_interleave(best.shape[1]), best.flatten()).view(best.shape)
-    return collect(sim.scatter(1, best, value - value.amin(1, keepdim=True) + sim.amax(1, keepdim=True) + 1))
-
-
 def words(text):
-    """Simple tokens (ours, for the reference's Java tokeniser; formats 9.10): lower case, split at white space, marks stripped."""
-    return [w for w in (w.strip("'`\"()[]{}.?!,:;-") for w in text.lower().split()) if w]
+    """Simple tokens: lower case, split at white space, punctuation stripped.
+
+    Ours; the reference runs the Stanford tokenizer in Java.
+    """
+    stripped = [word.strip("'`\"()[]{}.?!,:;-") for word in text.lower().split()]
+    return [word for word in stripped if word]
 
 
-def ngrams(text, most=4):
-    """[Counter of n-grams for n = 1 .. most]."""
+def ngram_counts(text, n):
+    """{n-gram: how often it occurs}."""
     tokens = words(text)
-    return [collections.Counter(zip(*(tokens[i:] for i in range(n)))) for n in range(1, most + 1)]
+    return collections.Counter(zip(*(tokens[i:] for i in range(n))))
 
 
-def bleu(hyps, refs):                                        # hyps [str], refs [[str, ...]] -> [BLEU-1, .., BLEU-4]
-    """Corpus BLEU as in the COCO caption evaluation, on simple tokens (formats 9.10)."""
-    assert len(hyps) == len(refs) > 0, f"{len(hyps)} captions for {len(refs)} lists of references"
-    match, made, c, r = [0] * 4, [0] * 4, 0, 0
-    for hyp, ref in zip(hyps, refs):
-        length, lengths = len(words(hyp)), [len(words(t)) for t in ref]
-        c, r = c + length, r + min(lengths, key=lambda n: (abs(n - length), n))                  # the closest; of equal ones the shorter
-        best, grams = [functools.reduce(operator.or_, column) for column in zip(*map(ngrams, ref))], ngrams(hyp)    # | is the larger count
-        for n in range(4):
-            match[n] += sum((grams[n] & best[n]).values())
-            made[n] += sum(grams[n].values())
-    precision = [math.log((m + 1e-15) / (t + 1e-9)) for m, t in zip(match, made)]
-    brevity = min(0.0, 1 - r / c) if c else -math.inf
-    return [math.exp(sum(precision[:n]) / n + brevity) for n in range(1, 5)]
+def bleu(captions, references):
+    """Corpus BLEU as in the COCO caption evaluation, on simple tokens -> [BLEU-1, .., BLEU-4].
+
+    captions: one str an image; references: a list of str for each image.
+    """
+    assert len(captions) == len(references) > 0
+    caption_length = 0
+    reference_length = 0
+    for caption, refs in zip(captions, references):
+        n = len(words(caption))
+        lengths = [len(words(ref)) for ref in refs]
+        caption_length += n
+        reference_length += min((abs(length - n), length) for length in lengths)[1]  # the closest
+    if caption_length == 0:
+        return [0.0] * 4
+    brevity = min(0.0, 1 - reference_length / caption_length)
+
+    log_precisions = []
+    for n in (1, 2, 3, 4):
+        matches = 0
+        total = 0
+        for caption, refs in zip(captions, references):
+            counts = ngram_counts(caption, n)
+            most = collections.Counter()
+            for ref in refs:
+                most |= ngram_counts(ref, n)  # the larger count of each n-gram
+            matches += sum((counts & most).values())
+            total += sum(counts.values())
+        log_precisions.append(math.log((matches + 1e-15) / (total + 1e-9)))
+    return [math.exp(sum(log_precisions[:n]) / n + brevity) for n in (1, 2, 3, 4)]
 
 
-def cider(hyps, refs):                                       # hyps [str], refs [[str, ...]] -> float, 0 .. 10
-    """CIDEr-D over a split, on simple tokens (formats 9.10). Depends on the split through its document frequencies; one image gives 0."""
-    assert len(hyps) == len(refs) > 0, f"{len(hyps)} captions for {len(refs)} lists of references"
-    counts = [[ngrams(t) for t in ref] for ref in refs]
-    frequency = collections.Counter(g for ref in counts for g in {g for grams in ref for c in grams for g in c})
+def cider(captions, references):
+    """CIDEr-D of a split, on simple tokens -> 0 .. 10.
 
-    def vector(grams):
-        weights = [{g: k * math.log(len(refs) / max(1, frequency[g])) for g, k in c.items()} for c in grams]
-        return weights, [math.sqrt(sum(w * w for w in v.values())) for v in weights], sum(grams[1].values())
+    captions: one str an image; references: a list of str for each image. An n-gram weighs the less
+    the more images have it in a reference, so the score depends on the split; one image gives 0.
+    """
+    assert len(captions) == len(references) > 0
+    return 10 * sum(cider_of_ngrams(captions, references, n) for n in (1, 2, 3, 4)) / 4
+
+
+def cider_of_ngrams(captions, references, n):
+    """Mean over images of the mean over references of clipped cosine times length penalty."""
+    reference_counts = []
+    document_frequency = collections.Counter()
+    for refs in references:
+        counts = [ngram_counts(ref, n) for ref in refs]
+        reference_counts.append(counts)
+        document_frequency.update(set().union(*counts))
+
+    def tf_idf(counts):
+        idf = {g: math.log(len(references) / max(1, document_frequency[g])) for g in counts}
+        return {g: count * idf[g] for g, count in counts.items()}
+
+    total = 0.0
+    for caption, refs, counts in zip(captions, references, reference_counts):
+        vector = tf_idf(ngram_counts(caption, n))
+        for ref, ref_counts in zip(refs, counts):
+            gap = n_bigrams(caption) - n_bigrams(ref)
+            similarity = clipped_cosine(vector, tf_idf(ref_counts))
+            total += similarity * math.exp(-(gap**2) / (2 * 6**2)) / len(refs)
+    return total / len(captions)
+
+
+def clipped_cosine(a, b):
+    """sum of min(a, b) * b over |a| |b|, for sparse vectors {n-gram: weight}."""
+    norm = math.sqrt(sum(w * w for w in a.values())) * math.sqrt(sum(w * w for w in b.values()))
+    if norm == 0:
+        return 0.0
+    return sum(min(w, b[g]) * b[g] for g, w in a.items() if g in b) / norm
+
+
+def n_bigrams(text):
+    return max(0, len(words(text)) - 1)
+
+
+def confusion(predicted, target, classes, ignore=0):
+    """Pixel counts (classes, classes), by target and prediction; integer maps of one shape.
+
+    Pixels whose target is `ignore` count nowhere. Raises ValueError for a class beyond `classes`.
+    """
+    assert predicted.shape == target.shape, f"{tuple(predicted.shape)}, {tuple(target.shape)}"
+    predicted = predicted[target != ignore].long().cpu()
+    target = target[target != ignore].long().cpu()
+    for name, x in (("prediction", predicted), ("target", target)):
+        if len(x) and (x.min() < 0 or x.max() >= classes):
+            raise ValueError(f"{name} {x.min()} .. {x.max()} is not in 0 .. {classes - 1}")
+    counts = (classes * target + predicted).bincount(minlength=classes**2)
+    return counts.view(classes, classes)
+
+
+def iou_of_counts(counts, ignore=0):
+    """Sum of confusion() over a split -> mean IoU (None without any class), number of classes.
+
+    A class that is neither in the targets nor predicted leaves the mean (ADE20K's code gives it 0).
+    """
+    intersection = counts.diag().double()
+    union = counts.sum(0) + counts.sum(1) - counts.diag()
+    present = (union > 0) & (torch.arange(len(counts)) != ignore)
+    if not present.any():
+        return None, 0
+    return (intersection[present] / union[present]).mean().item(), int(present.sum())
+
+
+def mean_iou(predicted, target, classes, ignore=0):
+    """Mean over classes of intersection / union, each summed over the whole split first (ADE20K).
+
+    predicted, target: integer maps of one shape, or lists of such maps. classes counts `ignore`.
+    """
+    if isinstance(predicted, torch.Tensor):
+        predicted = [predicted]
+        target = [target]
+    maps = zip(predicted, target, strict=True)
+    return iou_of_counts(sum(confusion(p, t, classes, ignore) for p, t in maps), ignore)[0]
+
+
+IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
+
+
+def box_iou(boxes, truths, crowd=None):
+    """Intersection over union of boxes (D, 4) and (G, 4), each x, y, width, height -> (D, G).
+
+    crowd (G,) bool: regions for which it is intersection over the area of the box (COCO).
+    """
+    low = np.maximum(boxes[:, None, :2], truths[:, :2])
+    high = np.minimum(boxes[:, None, :2] + boxes[:, None, 2:], truths[:, :2] + truths[:, 2:])
+    intersection = (high - low).clip(0).prod(2)
+    box_area = boxes[:, None, 2:].prod(2)
+    union = box_area + truths[:, 2:].prod(1) - intersection
+    if crowd is not None:
+        union = np.where(crowd, box_area, union)
+    return np.divide(intersection, union, out=np.zeros_like(union), where=union > 0)
+
+
+def match_boxes(detections, truths):
+    """COCO's greedy assignment in one image and class -> tp, ignored (10 thresholds, D) bool.
+
+    detections by falling score. Each takes the free truth of largest IoU, of equal ones the last;
+    one that fits only a crowd region is ignored, and a crowd region is never used up.
+    """
+    tp = np.zeros((len(IOU_THRESHOLDS), len(detections)), bool)
+    ignored = np.zeros_like(tp)
+    boxes = np.array([d["bbox"] for d in detections], float).reshape(-1, 4)
+    regions = np.array([t["bbox"] for t in truths], float).reshape(-1, 4)
+    crowd = np.array([bool(t.get("iscrowd")) for t in truths], bool)
+    iou = box_iou(boxes, regions, crowd)
+    for i, threshold in enumerate(IOU_THRESHOLDS):
+        free = ~crowd
+        for d in np.flatnonzero((iou >= threshold).any(1)):
+            fits = iou[d] >= threshold
+            candidates = np.flatnonzero(fits & free)
+            if len(candidates):
+                best = max(candidates, key=lambda g: (iou[d, g], g))
+                free[best] = False
+                tp[i, d] = True
+            else:
+                ignored[i, d] = (fits & crowd).any()
+    return tp, ignored
+
+
+def interpolated_precision(tp, ignored, n_truths):
+    """Mean precision at recalls 0, 0.01, .., 1; tp, ignored (D,) bool by falling score.
+
+    Precision is made non-increasing from the right first (COCO).
+    """
+    n_tp = tp.cumsum()
+    n_fp = (~tp & ~ignored).cumsum()
+    precision = n_tp / np.maximum(n_tp + n_fp, 1)
+    precision = np.maximum.accumulate(precision[::-1])[::-1]
+    first = np.searchsorted(n_tp / n_truths, np.linspace(0, 1, 101))  # where recall is reached
+    return np.append(precision, 0)[first].mean()
+
+
+def class_average_precision(images):
+    """AP of one class at the 10 thresholds, or None without a truth that is no crowd region.
+
+    images: {image: (detections, truths)}.
+    """
     scores = []
-    for hyp, ref in zip(hyps, counts):
-        h, h_norm, h_length = vector(ngrams(hyp))
-        found = []
-        for r, r_norm, r_length in map(vector, ref):
-            cosine = [sum(min(w, v[g]) * v[g] for g, w in u.items() if g in v) / (a * b) if a and b else 0.0
-                      for u, v, a, b in zip(h, r, h_norm, r_norm)]
-            found.append(sum(cosine) / 4 * math.exp(-(h_length - r_length) ** 2 / 72))
-        scores.append(10 * sum(found) / len(found))
-    return sum(scores) / len(scores)
+    tp = []
+    ignored = []
+    n_truths = 0
+    for _, (detections, truths) in sorted(images.items()):
+        detections = sorted(detections, key=lambda box: -box["score"])[:100]
+        scores += [box["score"] for box in detections]
+        image_tp, image_ignored = match_boxes(detections, truths)
+        tp.append(image_tp)
+        ignored.append(image_ignored)
+        n_truths += sum(not box.get("iscrowd") for box in truths)
+    if n_truths == 0:
+        return None
+    order = np.argsort(-np.array(scores, float), kind="stable")  # of equal scores the earlier image
+    tp = np.concatenate(tp, 1)[:, order]
+    ignored = np.concatenate(ignored, 1)[:, order]
+    thresholds = range(len(IOU_THRESHOLDS))
+    return np.array([interpolated_precision(tp[i], ignored[i], n_truths) for i in thresholds])
 
 
-def confusion(pred, target, classes, ignore=0):              # integer maps of one shape -> (classes, classes) pixels by target and prediction
-    """Pixels whose target is `ignore` count nowhere. AssertionError for a class beyond `classes`."""
-    assert pred.shape == target.shape, f"prediction {tuple(pred.shape)} for a target of {tuple(target.shape)}"
-    p, t = pred[target != ignore].long().cpu(), target[target != ignore].long().cpu()
-    for name, x in (("prediction", p), ("target", t)):
-        assert len(x) == 0 or 0 <= x.min() and x.max() < classes, f"{name} {x.min()} .. {x.max()} is not in 0 .. {classes - 1}"
-    return (classes * t + p).bincount(minlength=classes ** 2).view(classes, classes)
+def average_precision(detections, truths, train_images=None):
+    """Box AP as pycocotools counts it -> {"AP", "AP50", "AP75"}: fractions, or None.
 
-
-def iou_of(counts, ignore=0):                                # what confusion() gave, summed over a split -> mean IoU or None, classes in it
-    """ADE20K's (formats 9.6): a class that is neither there nor predicted leaves the mean (the reference gives it 0)."""
-    both, union = counts.diag().double(), counts.sum(0) + counts.sum(1) - counts.diag()
-    there = (union > 0) & (torch.arange(len(counts)) != ignore)
-    return (both[there] / union[there]).mean().item() if there.any() else None, int(there.sum())
-
-
-def mean_iou(pred, target, classes, ignore=0):               # integer maps of one shape, or lists of such maps -> fraction, or None
-    """Mean over classes of intersection / union, each summed over the whole split; pixels whose target is `ignore` count nowhere. classes: number of
-    indices, `ignore` included."""
-    pairs = [(pred, target)] if isinstance(pred, torch.Tensor) else zip(pred, target, strict=True)
-    return iou_of(sum(confusion(p, t, classes, ignore) for p, t in pairs), ignore)[0]
-
-
-def overlaps(boxes, truths, crowd):                          # (D, 4), (G, 4) of x, y, width, height; crowd (G,) -> (D, G)
-    """Intersection over union; for a crowd, over the box alone."""
-    sides = np.minimum(boxes[:, None, :2] + boxes[:, None, 2:], truths[:, :2] + truths[:, 2:]) - np.maximum(boxes[:, None, :2], truths[:, :2])
-    common_area, area = sides.clip(0).prod(2), boxes[:, None, 2:].prod(2)
-    whole = np.where(crowd, area, area + truths[:, 2:].prod(1) - common_area)
-    return np.divide(common_area, whole, out=np.zeros_like(whole), where=whole > 0)
-
-
-IOUS, SIZES = np.linspace(0.5, 0.95, 10), np.array([(0, 1e10), (0, 32**2), (32**2, 96**2), (96**2, 1e10)])     # all, small, medium, large
-
-
-def match(found, real):
-    """COCO's greedy assignment in one image and class -> hits and detections that do not count (sizes, IoUs, D), normal truths of each size."""
-    boxes, truths = (np.array([x["bbox"] for x in xs], float).reshape(-1, 4) for xs in (found, real))
-    crowd = np.array([bool(x.get("iscrowd")) for x in real], bool)
-    outside, ignored = ((area < SIZES[:, :1]) | (area > SIZES[:, 1:]) for area in (                    # (sizes, D) and (sizes, G); borders belong
-        boxes[:, 2:].prod(1), np.array([x.get("area", x["bbox"][2] * x["bbox"][3]) for x in real], float)))        # to both sizes, as there
-    ignored, iou = ignored | crowd, overlaps(boxes, truths, crowd)
-    hits, void = np.zeros((4, 10, len(found)), bool), np.repeat(outside[:, None], 10, 1)
-    free = np.ones((4, 10, len(real)), bool)
-    for d in np.flatnonzero((iou >= 0.5).any(1)):            # the others match nothing
-        able = (iou[d] >= IOUS[:, None].clip(max=1 - 1e-10)) & (free | crowd)                          # (sizes, IoUs, G); a crowd is never used up
-        normal = able & ~ignored[:, None]
-        able = np.where(normal.any(2, keepdims=True), normal, able)
-        best = len(real) - 1 - np.where(able, iou[d], -1)[..., ::-1].argmax(2)                         # of equal ones the last, as there
-        taken, in_vain = able.any(2), np.take_along_axis(ignored, best, 1)
-        hits[..., d], void[..., d] = taken & ~in_vain, np.where(taken, in_vain, void[..., d])
-        free &= ~(taken[..., None] & (np.arange(len(real)) == best[..., None]))
-    return hits, void, (~ignored).sum(1)
-
-
-def average_precision(detections, truths, images=None):      # COCO dicts -> {"AP", "AP50", "AP75", "S", "M", "L"}: fractions, or None
-    """Box AP as pycocotools counts it (formats 9.7): precision made non-increasing, read at 101 recalls, mean over classes and over IoUs of 0.5 to
-    0.95; S, M, L by area. detections {"image_id", "category_id", "bbox": [x, y, w, h], "score"}, at most the best 100 of an image and class;
-    truths the same without score, and maybe "iscrowd" and "area" (else w * h). None where there is nothing to find. images, {category: training
-    images that show it}: also "rare" (at most 10 of them), "common" (at most 100) and "frequent", the groups of LVIS."""
-    groups, classes, table = collections.defaultdict(lambda: ([], [])), collections.defaultdict(list), []
-    for kind, rows in enumerate((detections, truths)):
-        for row in rows:
-            groups[row["category_id"], row["image_id"]][kind].append(row)
-    for (c, _), (found, real) in sorted(groups.items(), key=lambda item: item[0]):
-        found = sorted(found, key=lambda d: -d["score"])[:100]
-        classes[c].append((np.array([d["score"] for d in found], float), *match(found, real)))
-    for parts in classes.values():
-        scores, hits, void, real = zip(*parts)
-        order, real = (-np.concatenate(scores)).argsort(kind="stable"), sum(real)
-        hits, void = (np.concatenate(x, 2)[..., order] for x in (hits, void))
-        right, wrong = (hits & ~void).cumsum(2), (~hits & ~void).cumsum(2)
-        precision = np.maximum.accumulate((right / (right + wrong).clip(1))[..., ::-1], 2)[..., ::-1]
-        ap = np.full((4, 10), np.nan)
-        for a, t in itertools.product(np.flatnonzero(real), range(10)):
-            at = np.searchsorted(right[a, t] / real[a], np.linspace(0, 1, 101))
-            ap[a, t] = np.append(precision[a, t], 0)[at].mean()
-        table.append(ap)
-    table = np.array(table).reshape(-1, 4, 10)
-    rows = {"AP": table[:, 0], "AP50": table[:, 0, 0], "AP75": table[:, 0, 5], "S": table[:, 1], "M": table[:, 2], "L": table[:, 3]}
-    if images is not None:
-        shown = np.array([images.get(c, 0) for c in classes])
-        rows |= {"rare": table[shown <= 10, 0], "common": table[(10 < shown) & (shown <= 100), 0], "frequent": table[shown > 100, 0]}
-    return {name: float(x[~np.isnan(x)].mean()) if (~np.isnan(x)).any() else None for name, x in rows.items()}
-
-
-NUMBERS = {"none": "0", **{word: str(n) for n, word in enumerate("zero one two three four five six seven eight nine ten".split())}}
-CONTRACTIONS = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd how'll
-how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've
-shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll that's
-there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's
-where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd
-you'd've you'll you're you've""".split()                     # the reference's: each restored from itself with any one apostrophe missing
-RESTORE = {w[:i] + w[i + 1:]: w for w in CONTRACTIONS for i, char in enumerate(w) if char == "'"} | {"somebody'd": "somebodyd"}
-
-
-def plain_answer(text):
-    """An answer as VQA's official evaluation compares it, its slips included (formats 9.9)."""
-    touched = re.search(r"\d,\d", text)
-    out = text
-    for mark in ';/[]"{}()=+\\_-><@`,?!':
-        out = out.replace(mark, "" if touched or f"{mark} " in text or f" {mark}" in text else " ")
-    out = re.sub(r"\.(?!\d)", "", out, count=32)             # the reference passes a flag in the place of the count
-    out = [NUMBERS.get(w, w) for w in out.lower().split()]
-    return " ".join(RESTORE.get(w, w) for w in out if w not in ("a", "an", "the"))
-
-
-def vqa_accuracy(answer, answers):                           # str, [str] (ten of them) -> fraction
-    """VQA's: the mean over the human answers of min(1, how many of the others equal the answer / 3); compared as plain_answer() has them, but as
-    they stand where all humans agree. One human answer alone: equal or not (ours)."""
-    answer, *answers = (a.replace("\n", " ").replace("\t", " ").strip() for a in (answer, *answers))
-    assert answers, "a question needs an answer to compare with"
-    if len(set(answers)) > 1:
-        answer, *answers = map(plain_answer, (answer, *answers))
-    equal = [a == answer for a in answers]
-    return sum(min(1, (sum(equal) - e) / 3) for e in equal) / len(equal) if len(equal) > 1 else float(equal[0])
-
-
-# ---- pictures: PIL only, sizes in pixels ----
-
-FONT, HEAD = ImageFont.load_default(12), ImageFont.load_default(17)      # both draw a box for a character they lack
-INK, GREY, PALE, BLUE, RED = "#222222", "#8a8a8a", "#ececec", "#1f5fa8", "#d1495b"
-
-
-def as_picture(image):                                       # PIL, or uint8 (3, H, W) / (H, W, 3) as tensor or array -> PIL RGB
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    array = np.asarray(torch.as_tensor(image).cpu())
-    assert array.dtype == np.uint8 and array.ndim == 3 and 3 in array.shape[::2], f"not a uint8 RGB picture: {array.dtype} {array.shape}"
-    return Image.fromarray(np.ascontiguousarray(array.transpose(1, 2, 0) if array.shape[0] == 3 else array))
-
-
-def fit(image, size):
-    """Picture scaled into size x size, aspect kept. Tiny ones (to 64) grow by a whole number, so that their pixels stay square."""
-    image = as_picture(image)
-    scale = size / max(image.size)
-    tiny = scale >= 2 and max(image.size) <= 64
-    return image.resize([max(1, round(s * (int(scale) if tiny else scale))) for s in image.size], Image.NEAREST if tiny else Image.BICUBIC)
-
-
-def wrap(text, font, width, lines):
-    """Text as a list of at most `lines` lines of `width` pixels, broken at spaces, or inside a word longer than a line; "…" where cut."""
-    out = [""]
-    for word in text[:1000].split():                         # a megabyte caption is not measured beyond what could be shown
-        if out[-1] and font.getlength(f"{out[-1]} {word}") <= width:
-            out[-1] += " " + word
-            continue
-        out += [""]
-        for char in word:
-            out += [""] if out[-1] and font.getlength(out[-1] + char) > width else []
-            out[-1] += char
-    out = [line for line in out if line]
-    if len(out) > lines:
-        last = out[lines - 1]
-        while last and font.getlength(last + "…") > width:
-            last = last[:-1]
-        out = out[:lines - 1] + [last.rstrip(" ,.;") + "…"]
-    return out
-
-
-def blank(width, height, title):                             # -> white page with its title, and the pen for it
-    page = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(page)
-    draw.text((14, 12), "".join(wrap(title, HEAD, width - 28, 1)), INK, HEAD)
-    return page, draw
-
-
-def ticks(low, high, log=False):
-    """Three to eight round numbers in [low, high]: multiples of 1, 2 or 5 x 10^n; on a log axis powers of ten."""
-    if log:
-        powers = range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)
-        return [10.0**p for p in powers[::math.ceil(len(powers) / 5)]]
-    raw = (high - low) / 4.5
-    step = min((m * 10.0**math.floor(math.log10(raw)) for m in (1, 2, 5, 10)), key=lambda s: abs(math.log(s / raw)))
-    return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
-
-
-def heat_colours(values):                                    # (...) floats in [0, 1] -> (..., 3) uint8
-    """Five colours of matplotlib's viridis joined by straight lines: steady in lightness, safe for the colour-blind. NaN is grey."""
-    anchors = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)])
-    rgb = np.stack([np.interp(values, np.linspace(0, 1, 5), channel) for channel in anchors.T], -1)
-    return np.where(np.isnan(values)[..., None], 200, rgb).astype(np.uint8)
-
-
-def class_colour(i):                                         # hues a golden section apart: far from each other, the same in all pictures
-    return tuple(round(255 * c) for c in colorsys.hsv_to_rgb(i * 0.61803 % 1, 0.75, 0.9))
-
-
-def sheet(cells, path, columns, title="", size=112):
-    """Write a labelled grid. A cell is (image, caption, frame): image None for a text cell; frame None or a colour name.
-
-    The file is columns * (size + 14) + 14 wide; a row is as tall as its longest caption, at most four lines under a picture.
+    detections: dicts {"image_id", "category_id", "bbox": [x, y, w, h], "score"}, of which the best
+    100 of an image and class count; truths: the same without score, maybe with "iscrowd". AP is the
+    mean over classes and over IoU thresholds 0.5, 0.55, .., 0.95. None: nothing to find.
+    train_images {category: number of training images with it}: also "AP_rare" (at most 10),
+    "AP_common" (at most 100) and "AP_frequent", the groups of LVIS.
     """
-    gap, line, top = 14, 15, 44 if title else 14
-    words = [wrap(text, FONT, size - 16, (size - 12) // line) if image is None else wrap(text, FONT, size, 4) for image, text, _ in cells]
-    below = [0 if image is None else len(lines) for (image, _, _), lines in zip(cells, words)]
-    tall = [size + 6 + line * max(below[i:i + columns]) for i in range(0, len(cells), columns)]
-    page, draw = blank(columns * (size + gap) + gap, top + sum(tall) + gap * len(tall), title)
-    for i, (image, _, frame) in enumerate(cells):
-        x, y = gap + i % columns * (size + gap), top + sum(tall[:i // columns]) + i // columns * gap
-        box = (x, y, x + size, y + size)
-        if image is None:
-            draw.rounded_rectangle(box, 6, "#f4f4f4")
-            draw.multiline_text((x + size / 2, y + size / 2), "\n".join(words[i]), INK, FONT, "mm", 3, "center")
-        else:
-            picture = fit(image, size)
-            box = (x + (size - picture.width) // 2, y + (size - picture.height) // 2)
-            page.paste(picture, box)
-            box += (box[0] + picture.width, box[1] + picture.height)
-            for n, text in enumerate(words[i]):
-                draw.text((x + size / 2, y + size + 6 + n * line), text, INK, FONT, "ma")
-        if frame:                                            # around the picture, never over it
-            draw.rectangle((box[0] - 4, box[1] - 4, box[2] + 3, box[3] + 3), None, frame, 4)
-    page.save(path)
-
-
-def matrix(values, path, images, texts, title=""):           # values (n, n): rows texts, columns images, as in recall_at_k
-    """Write a heat map of similarities: captions left, thumbnails on top, the diagonal (right pairs) framed, a colour bar right."""
-    values, n, side, left, top = np.asarray(torch.as_tensor(values).detach().cpu().double()), len(texts), 44, 250, 94 if title else 64
-    assert values.shape == (n, n) and len(images) == n, f"values {values.shape} for {n} texts and {len(images)} images"
-    known = values[np.isfinite(values)]
-    low, high = (known.min(), known.max()) if len(set(known)) > 1 else (0, 1)
-    page, draw = blank(left + n * side + 90, top + n * side + 14, title)
-    page.paste(Image.fromarray(heat_colours((values - low) / (high - low))).resize((n * side, n * side), Image.NEAREST), (left, top))
-    for i, (image, text) in enumerate(zip(images, texts)):
-        x, y, picture = left + i * side, top + i * side, fit(image, side - 4)
-        page.paste(picture, (x + (side - picture.width) // 2, top - side + (side - 4 - picture.height) // 2))
-        draw.multiline_text((left - 8, y + side / 2), "\n".join(wrap(text, FONT, left - 24, 2)), INK, FONT, "rm", 3, "right")
-        draw.rectangle((x, y, x + side - 1, y + side - 1), None, "white", 2)
-    x, tall = left + n * side + 16, min(n * side, 300)
-    page.paste(Image.fromarray(heat_colours(np.linspace(1, 0, tall))[:, None]).resize((14, tall)), (x, top))
-    for tick in ticks(low, high):
-        y = top + (high - tick) / (high - low) * (tall - 1)
-        draw.line((x + 14, y, x + 18, y), INK)
-        draw.text((x + 22, y), f"{tick:.4g}", INK, FONT, "lm")
-    page.save(path)
-
-
-def curves(log, path, fields, title=""):
-    """Write one panel per field of a log.jsonl over its steps: every value pale, their mean over a sliding 1/25 of the log strong.
-
-    Null, missing and non-finite values are left out, and so is a last line cut short by a kill; a broken line before it is an error.
-    Where values are positive and most of them span more than a factor of 100, the axis is logarithmic and the mean geometric.
-    """
-    records, lines = [], open(log, errors="replace").readlines()
-    for n, text in enumerate(lines):
-        try:
-            records.append(json.loads(text))
-        except ValueError:
-            assert n == len(lines) - 1, f"{log}, line {n + 1}: not JSON: {text[:60]!r}"
-    columns, start, fine = min(2, len(fields)), 40 if title else 6, 3
-    wide, tall = columns * 480, start + -(-len(fields) // columns) * 250
-    big, notes = Image.new("RGB", (fine * wide, fine * tall), "white"), []
-    draw = ImageDraw.Draw(big)                               # lines are drawn three times as large and shrunk: smooth; text comes after
-
-    def line(xs, ys, colour, width):
-        draw.line([(fine * x, fine * y) for x, y in zip(xs, ys)], colour, fine * width, "curve")
-
-    for i, field in enumerate(fields):
-        x0, y0 = i % columns * 480 + 62, start + i // columns * 250 + 32
-        x1, y1 = x0 + 394, y0 + 178
-        pairs = [(r.get("step", n), r[field]) for n, r in enumerate(records) if isinstance(r.get(field), (int, float))]
-        steps, v = np.array([p for p in pairs if math.isfinite(p[1])], float).reshape(-1, 2).T
-        line((x0, x0, x1), (y0, y1, y1), GREY, 1)
-        notes.append(((x0, y0 - 20), field + ("" if len(v) else ": no values"), INK, "la"))
-        if not len(v):
-            continue
-        log_y = v.min() > 0 and v.max() > 100 * np.quantile(v, 0.05)   # a rate that ends at 0 stays linear
-        u = np.log10(v) if log_y else v                      # what the y axis shows
-        pad = 0.05 * np.ptp(u) or 0.1 * abs(u[0]) or 1       # a flat line runs through the middle
-        low, high, left, right = u.min() - pad, u.max() + pad, steps.min(), max(steps.max(), steps.min() + 1)
-        px = lambda s: x0 + (s - left) / (right - left) * (x1 - x0)
-        py = lambda u: y1 - (u - low) / (high - low) * (y1 - y0)
-        for tick in ticks(10**low, 10**high, True) if log_y else ticks(low, high):
-            y = py(math.log10(tick) if log_y else tick)
-            line((x0, x1), (y, y), PALE, 1)
-            notes.append(((x0 - 7, y), f"{tick:.4g}", INK, "rm"))
-        for tick in ticks(left, right):
-            line((px(tick), px(tick)), (y1, y1 + 4), GREY, 1)
-            notes.append(((px(tick), y1 + 7), f"{tick:,.10g}", INK, "ma"))
-        notes.append(((x1, y1 + 22), "step", GREY, "ra"))
-        window = np.ones(len(u) // 25 | 1)                   # odd, so that the mean is centred; it narrows at both ends
-        line(px(steps), py(u), "#b9cfe8", 1)
-        line(px(steps), py(np.convolve(u, window, "same") / np.convolve(np.ones(len(u)), window, "same")), BLUE, 2)
-        last, least = f"last {v[-1]:.3g}", f"min {v.min():.3g} at {steps[v.argmin()]:,.10g}"
-        for n, colour, text, x in ((v.argmin(), RED, least, x1 - FONT.getlength(last) - 16), (-1, BLUE, last, x1)):
-            draw.circle((fine * px(steps[n]), fine * py(u[n])), 3 * fine, colour)
-            notes.append(((x, y0 - 20), text, colour, "ra"))
-    page, pen = blank(wide, tall, title)
-    page.paste(big.reduce(fine).crop((0, start, wide, tall)), (0, start))
-    for xy, text, colour, anchor in notes:
-        pen.text(xy, text, colour, FONT, anchor)
-    page.save(path)
-
-
-def bars(groups, names, path, title=""):                     # {label: [fraction or None for each name]}
-    """Write bars from 0 to 100 %: a group for each label, in it a bar for each name that has a value."""
-    left, wide, thick, top = 230, 560, 15, 48 + 18 * len(names)
-    values = {label: [(i, v) for i, v in enumerate(row) if v is not None and math.isfinite(v)] for label, row in groups.items()}
-    page, draw = blank(left + wide + 70, top + 30 + sum(thick * max(1, len(row)) + 12 for row in values.values()), title)
-    colours = [BLUE, "#e08e2b", "#3d9a6b", RED, "#7b5ea7", "#6b6b6b", "#4fb3bf", "#b59b3a"]
-    for i, name in enumerate(names):
-        draw.rectangle((left, 42 + 18 * i, left + 10, 52 + 18 * i), colours[i % 8])
-        draw.text((left + 18, 47 + 18 * i), name, INK, FONT, "lm")
-    for share in range(0, 101, 20):
-        x = left + wide * share // 100
-        draw.line((x, top, x, page.height - 24), PALE)
-        draw.text((x, page.height - 20), f"{share} %", GREY, FONT, "ma")
-    y = top + 6
-    for label, row in values.items():
-        tall = thick * max(1, len(row))
-        draw.text((left - 10, y + tall / 2), "".join(wrap(label, FONT, left - 24, 1)), INK, FONT, "rm")
-        for n, (i, v) in enumerate(row):
-            end = left + wide * min(max(v, 0), 1)
-            draw.rectangle((left, y + thick * n + 1, end, y + thick * (n + 1) - 2), colours[i % 8])
-            draw.text((end + 5, y + thick * (n + 0.5)), f"{100 * v:.1f}", INK, FONT, "lm")
-        y += tall + 12
-    page.save(path)
-
-
-def overlay(image, what, path=None):
-    """PIL picture with `what` drawn over it, written to path if given. Images under 224 first grow by a whole number: labels need room.
-
-    what is a float map (h, w): heat from its lowest to its highest value, stretched over the image; or an integer mask (H, W): one
-    colour per class, 0 and below left clear; or a list of {"x", "y", "w", "h", "text"} in pixels of the image: boxes.
-    """
-    image = as_picture(image)
-    grow = max(1, 224 // max(image.size))
-    picture = image.resize([grow * s for s in image.size], Image.NEAREST)
-    if isinstance(what, list):
-        draw, labels = ImageDraw.Draw(picture), []
-        for i, box in enumerate(what):
-            x, y, w, h = (grow * box[key] for key in "xywh")
-            draw.rectangle((x, y, x + max(w, 1) - 1, y + max(h, 1) - 1), None, class_colour(i), 2)      # the outline lies inside the box
-            text = "".join(wrap(box.get("text") or "", FONT, picture.width - 8, 1))
-            wide = FONT.getlength(text) + 8
-            x, y = max(0, min(x, picture.width - wide)), max(0, y - 16)
-            while any(abs(y - b) < 16 and x < a + c and a < x + wide for a, b, c, *_ in labels):
-                y += 1                                       # below the labels it would cover
-            labels += [(x, y, wide, text, class_colour(i))] if text else []
-        for x, y, wide, text, colour in labels:              # after all outlines, so that no line crosses a label
-            draw.rectangle((x, y, x + wide - 1, y + 15), colour)
-            draw.text((x + 4, y + 8), text, "black" if sum(colour) > 400 else "white", FONT, "lm")
-    else:
-        what, share = torch.as_tensor(what).detach().cpu(), 0.55
-        if what.is_floating_point():
-            what = np.asarray(what.float())
-            what = (what - np.nanmin(what)) / (np.nanmax(what) - np.nanmin(what) or 1)
-            colours = heat_colours(np.asarray(Image.fromarray(what).resize(picture.size, Image.BICUBIC)))
-        else:
-            assert what.shape == image.size[::-1], f"mask {tuple(what.shape)} on an image of {image.size[::-1]} (H, W)"
-            what = np.asarray(what.long()).repeat(grow, 0).repeat(grow, 1)
-            colours = np.array([class_colour(i) for i in range(max(0, what.max()) + 1)])[what.clip(0)]
-            share = share * (what > 0)[..., None]
-        picture = Image.fromarray(((1 - share) * np.asarray(picture) + share * colours).round().astype(np.uint8))
-    if path:
-        picture.save(path)
-    return picture
-
-
-# ---- features: each rank its share of the samples ----
-
-def collect(x):
-    """Rows of all ranks in rank order; (n_r, ...) with any number of rows a rank -> (sum n_r, ...)."""
-    if world() == 1:
-        return x
-    counts = common.all_gather(torch.tensor([len(x)], device=x.device)).tolist()
-    padded = torch.cat([x, x.new_zeros(max(counts) - len(x), *x.shape[1:])])
-    return torch.cat([part[:n] for part, n in zip(common.all_gather(padded).split(max(counts)), counts)])
-
-
-def side_of(model):                                          # of the images that it takes, in pixels
-    return model.vision.grid * model.vision.patch
-
-
-def view_of(model):
-    """What a model is shown of a PIL image that it did not train on -> uint8 (3, S, S)."""
-    size = side_of(model)
-    return (lambda image: data.squash(image, size, full=model.resize)) if hasattr(model, "resize") else lambda image: data.centre(image, size)
-
-
-def share_of(n):
-    """This rank's part of n things."""
-    return range(rank() * n // world(), (rank() + 1) * n // world())
-
-
-def decoded(index, numbers, wanted, view):
-    """[(view(image), uint8 (3, S, S), wanted(sample), its number)] in order, and the reasons why some have none."""
-
-    def one(i):
-        try:
-            sample = index[i]
-            return view(sample.image()), wanted(sample), i
-        except data.Skip as reason:
-            return str(reason)
-    with ThreadPoolExecutor(common.cores()) as pool:         # Pillow lets go of the interpreter while it decodes
-        rows = list(pool.map(one, numbers))
-    return [r for r in rows if not isinstance(r, str)], [r for r in rows if isinstance(r, str)]
-
-
-def tell(lost, n):
-    """Say how many of n samples could not be used, and why."""
-    if lost:
-        print(f"warning: {len(lost)} of {n} samples left out of the evaluation: {', '.join(sorted(set(lost)))}", file=sys.stderr)
-
-
-def looks(index, wanted, model, view=None, block=2048):
-    """This rank's share of an index, a block at a time: uint8 images (n, 3, S, S), wanted(sample) of each, their sample numbers. Unusable samples are
-    left out and counted aloud."""
-    share, lost = share_of(len(index)), []
-    for start in tqdm(range(share.start, share.stop, block), "reading", unit=f"{block} images", leave=False, disable=rank() > 0 or None):
-        rows, without = decoded(index, range(start, min(start + block, share.stop)), wanted, view or view_of(model))
-        lost += without
-        if rows:
-            images, extras, ids = zip(*rows)
-            yield torch.from_numpy(np.stack(images)), list(extras), list(ids)
-    tell(lost, len(share))
-
-
-def read(index, wanted, model):
-    """All of that at once; sample numbers as a tensor. UserError if no rank has anything."""
-    size, blocks = side_of(model), list(looks(index, wanted, model))
-    images, extras, ids = zip(*blocks) if blocks else ((), (), ())
-    ids = torch.tensor(sum(ids, []), dtype=torch.long)
-    if not len(collect(ids)):
-        raise UserError(f"none of the {len(index)} samples of {index.paths[0]} ... can be evaluated")
-    return torch.cat([torch.zeros(0, 3, size, size, dtype=torch.uint8), *images]), sum(extras, []), ids
-
-
-@torch.no_grad()
-def in_batches(fn, cfg, device, *rows, size=256):
-    """fn over batches of rows, in the run's precision -> float32 on the CPU."""
-    with common.autocast(cfg, device):
-        parts = [fn(*(r.to(device) for r in batch)).float().cpu() for batch in zip(*(r.split(size) for r in rows))]
-    return torch.cat(parts)
-
-
-def tokenize(tokenizer, texts, cfg):
-    """Captions -> tokens and valid (T, L), L as the longest of all ranks needs it."""
-    rows = torch.from_numpy(np.array([np.stack(tokenizer.pad(t, cfg.context)) for t in texts], np.int64).reshape(-1, 2, cfg.context))
-    longest = int(collect(rows[:, 1].sum(1).max()[None] if len(rows) else rows.new_zeros(1)).max())
-    return rows[:, 0, :longest], rows[:, 1, :longest] > 0
-
-
-def encode_texts(model, tokenizer, texts, cfg, device):
-    """Captions -> (T, E) unit."""
-    return in_batches(model.encode_text, cfg, device, *tokenize(tokenizer, texts, cfg))
-
-
-class Store:
-    """Features of one checkpoint, each kind of each index computed once: kept in memory and, where a folder is given, in files there that a later
-    call reads. Their names hold the hashes of checkpoint and index, so only a change of this code leaves them stale."""
-    def __init__(self, folder=None, digest=""):
-        self.folder, self.digest, self.found = folder, digest, {}
-
-    def __call__(self, kind, index, make):
-        name = f"{kind}-{self.digest}-{os.path.basename(index.file)[:12]}.pt"
-        path = os.path.join(self.folder, name) if self.folder else ""
-        if name not in self.found and os.path.exists(path):  # on all ranks or on none: rank 0 writes it when all have given their part
-            self.found[name] = torch.load(path, weights_only=True, mmap=True)
-        elif name not in self.found:
-            self.found[name] = make()
-            if path and rank() == 0:
-                try:
-                    torch.save(self.found[name], path + ".tmp")
-                    os.replace(path + ".tmp", path)
-                except (OSError, RuntimeError) as error:     # torch's word for a folder that may not be written
-                    print(f"warning: features are not kept in {path} ({str(error).partition(chr(10))[0]})", file=sys.stderr)
-        return self.found[name]
-
-
-# What is computed of images: the joint embedding, and what a frozen encoder gives to a probe.
-KINDS = {"images": lambda model: model.encode_image, "pooled": lambda model: lambda x: model.vision.patch_tokens(x).mean(1),
-         "tokens": lambda model: model.vision.patch_tokens}
-
-
-def class_or_none(sample):
-    with contextlib.suppress(data.Skip):
-        return sample.label()
-    return -1
-
-
-def embed(kind, model, index, cfg, device, store=None, block=2048):
-    """Shards of any size -> features of one of KINDS (I, ...), class (I,), -1 = none, and sample number (I,) of every readable image. The
-    others are counted aloud."""
-    def make():
-        fn, dtype = KINDS[kind](model), torch.float16 if kind == "tokens" else torch.float32     # tokens are many: half precision
-        size = side_of(model)
-        features, classes, numbers = [in_batches(fn, cfg, device, torch.zeros(0, 3, size, size, dtype=torch.uint8)).to(dtype)], [], []
-        for images, labels, ids in looks(index, class_or_none, model, block=block):
-            features.append(in_batches(fn, cfg, device, images).to(dtype))
-            classes, numbers = classes + labels, numbers + ids
-        return collect(torch.cat(features)), *(collect(torch.tensor(x, dtype=torch.long)) for x in (classes, numbers))
-    found = (store or Store())(kind, index, make)
-    if not len(found[0]):
-        raise UserError(f"none of the {len(index)} samples of {index.paths[0]} ... has a readable image")
-    return found
-
-
-def embed_labelled(kind, model, index, cfg, device, store=None):
-    """Features, labels (I,) and sample numbers (I,) of the images that have a class."""
-    found = embed(kind, model, index, cfg, device, store)
-    has = found[1] >= 0
-    if not has.any():
-        raise UserError(f"none of the {len(index)} samples of {index.paths[0]} ... can be evaluated: no class")
-    if rank() == 0:
-        tell(["no class"] * int((~has).sum()), len(has))
-    return found if has.all() else [x[has] for x in found]
-
-
-def embed_pairs(model, tokenizer, index, cfg, device, store=None):
-    """Captioned shards -> images (I, E), texts (T, E), owner (T,) = each text's image, ids (I,) = sample numbers in the index."""
-    image, _, ids = embed("images", model, index, cfg, device, store)
-
-    def make():
-        captions = []
-        for i in ids[share_of(len(ids))].tolist():
-            try:
-                captions.append(index[i].captions(lines=True))
-            except data.Skip:
-                captions.append([])
-        counts = collect(torch.tensor([len(c) for c in captions], dtype=torch.long))
-        if not counts.any():
-            raise UserError(f"none of the {len(index)} samples of {index.paths[0]} ... can be evaluated: no caption")
-        return collect(encode_texts(model, tokenizer, [c for cs in captions for c in cs], cfg, device)), counts
-    text, counts = (store or Store())("texts", index, make)
-    if rank() == 0:
-        tell(["no caption"] * int((counts == 0).sum()), len(counts))
-    has = counts > 0
-    return image[has], text, torch.repeat_interleave(torch.arange(int(has.sum())), counts[has]), ids[has]
-
-
-# ---- search ----
-
-def compose(image=None, text=None, minus=None, weights=(1, 2)):
-    """Query (E,) of unit vectors (E,): weights[0] * image + weights[1] * (text - minus), made unit (ALIGN s7, footnote 4: 1 and 2)."""
-    parts = [w * x for w, x in ((weights[0], image), (weights[1], text), (-weights[1], minus)) if x is not None]
-    assert parts, "a query needs an image or a text"
-    return F.normalize(sum(parts), dim=0)
-
-
-def search(model, tokenizer, cfg, device, index, store, out, text=None, image=None, minus=None, weights=(1, 2), k=20):
-    """The k images of an index nearest to a text, an image file, or both: out/search.png, and [(score, key)], best first."""
-    def words_of(query):
-        return encode_texts(model, tokenizer, [query], cfg, device)[0] if query else None
-    picture = None
-    if image:
-        try:
-            with open(image, "rb") as file:
-                picture = data.Sample(image, {"jpg": file.read()}).image()
-        except (OSError, data.Skip) as error:
-            raise UserError(f"--image {image} cannot be read ({error}): give a JPEG, PNG or WebP file") from None
-    features, _, numbers = embed("images", model, index, cfg, device, store)
-    own = picture and in_batches(model.encode_image, cfg, device, torch.tensor(view_of(model)(picture))[None])[0]
-    best = (features @ compose(own, words_of(text), words_of(minus), weights)).topk(min(k, len(features)))
-    found = [(score, int(numbers[i])) for score, i in zip(best.values.tolist(), best.indices.tolist())]
-    if rank() == 0:
-        os.makedirs(out, exist_ok=True)
-        query = " ".join(filter(None, [text, minus and f"minus {minus}"]))
-        cells = [(picture, query, "blue")] if picture else [(None, query, "blue")]
-        sheet(cells + [(index[i].image(), f"{score:.3f}", None) for score, i in found], f"{out}/search.png", 7,
-              f"Query (blue) and the nearest of {len(features):,} images", 112)
-    return [(score, index[i].key) for score, i in found]
-
-
-# ---- protocols: each returns [(metric, value, n)] ----
-
-def class_names(paths):
-    names = data.beside(paths, "classes.txt", "classnames.txt")
-    if names is None:
-        raise UserError(f"no classes.txt or classnames.txt beside {paths[0]} or one folder up: each class needs a name")
-    return names
-
-
-def fitting(labels, names, paths):
-    """The labels, (I,) or one; UserError where one has no name."""
-    for label in int(labels.min()), int(labels.max()):
-        if not 0 <= label < len(names):
-            raise UserError(f"label {label} in {paths[0]}, but only {len(names)} class names beside it")
-    return labels
-
-
-def judged(name, pred, labels):
-    """Accuracy, and the mean of the classes' accuracies, which counts rare classes as much as frequent ones."""
-    return [(name, float((pred == labels).double().mean()), len(labels)), (f"{name}_mean_per_class", mean_per_class(pred, labels), len(labels))]
-
-
-def pair_scores(model, tokenizer, index, ids, texts, cfg, device):
-    """-> fn(image (n,), text (n,)) = model.score of those pairs of samples `ids` and texts. The tokens of all images are held in memory, in half
-    precision."""
-    rows, _ = decoded(index, ids[share_of(len(ids))].tolist(), lambda s: None, view_of(model))
-    size = side_of(model)
-    images = torch.from_numpy(np.array([r[0] for r in rows], np.uint8).reshape(-1, 3, size, size))
-    seen, (tokens, valid) = collect(in_batches(model.vision, cfg, device, images).half()), tokenize(tokenizer, texts, cfg)
-    fn = lambda i, t: model.score(seen[i.cpu()].float().to(device), *(x[t.cpu()].to(device) for x in (tokens, valid)))
-    return lambda i, t: in_batches(fn, cfg, device, i, t)
-
-
-def zeroshot(model, tokenizer, paths, cfg, device, store=None):
-    """Prompt ensembling (formats of CLIP_benchmark): templates x class names beside the shards. With unseen.txt there, classes that never
-    occurred in training are scored apart; every image competes among all classes. With model.rerank also _itm: each image's 16 best classes in
-    the order of the mean of the prompts' scores."""
-    names, index = class_names(paths), data.open_index(paths)
-    templates = data.beside(paths, "zeroshot_classification_templates.txt") or ["a photo of a {c}."]
-    image, labels, ids = embed_labelled("images", model, index, cfg, device, store)
-    labels, P = fitting(labels, names, paths), len(templates)
-    prompts = [t.replace("{c}", n).replace("{}", n) for n in names for t in templates]
-    scores = {"": image @ prompt_ensemble(encode_texts(model, tokenizer, prompts, cfg, device).view(len(names), P, -1)).T}
-    if getattr(model, "rerank", False):
-        pair = pair_scores(model, tokenizer, index, ids, prompts, cfg, device)
-        scores["_itm"] = rerank(scores[""], lambda i, c: torch.stack([pair(i, c * P + p) for p in range(P)]).mean(0))
-    found = []
-    for (suffix, rows), (mark, s) in itertools.product(seen_and_unseen(paths, names, labels).items(), scores.items()):
-        name, s, own = f"zeroshot{suffix}{mark}", s[rows], labels[rows]
-        found += judged(name, own.where(ranks(s, own) < 1, -1), own)
-        found += [(f"{name}_top5", accuracy(s, own, 5), len(own))] if len(names) > 5 else []
-    return found
-
-
-def retrieval(model, tokenizer, paths, cfg, device, store=None):
-    """Recall at 1, 5, 10 both ways over all captions of all images. With model.rerank also _itm: each query's 16 best in the order of score."""
-    index = data.open_index(paths)
-    image, text, owner, ids = embed_pairs(model, tokenizer, index, cfg, device, store)
-    sim = text @ image.T
-    recall = {"": recall_at_k(sim, owner)}
-    if getattr(model, "rerank", False):
-        pair = pair_scores(model, tokenizer, index, ids, [c for i in ids.tolist() for c in index[i].captions(lines=True)], cfg, device)
-        by_image, by_text = rerank(sim.T, pair).T, rerank(sim, lambda t, i: pair(i, t))
-        recall["_itm"] = {"i2t": recall_at_k(by_image, owner)["i2t"], "t2i": recall_at_k(by_text, owner)["t2i"]}
-    return [(f"{way}_r{k}{mark}", v, len(image) if way == "i2t" else len(text))
-            for mark, ways in recall.items() for way, at in ways.items() for k, v in at.items()]
-
-
-def frozen(kind, model, paths, cfg, device, store=None):
-    """Features and labels of the training shards beside the held-out ones, and those of the held-out images whose class is among them: no other
-    has a right answer there."""
-    bank = bank_of(paths)
-    if not bank:
-        raise UserError(f"kNN and the probes need labelled training shards: none in the folder of {paths[0]}")
-    indices = [data.open_index(p) for p in (bank, paths)]
-    (train, train_labels, _), (test, labels, _) = (embed_labelled(kind, model, index, cfg, device, store) for index in indices)
-    known = torch.isin(labels, train_labels)
-    if not known.any():
-        raise UserError(f"no image of {paths[0]} ... has a class that one of {bank[0]} ... has")
-    return train, train_labels, test[known], labels[known]
-
-
-def nearest(model, tokenizer, paths, cfg, device, store=None):
-    """Weighted k-nearest-neighbour accuracy (DINO, k = 20) of pooled encoder tokens; the bank is the train part beside the held-out one."""
-    train, train_labels, test, labels = frozen("pooled", model, paths, cfg, device, store)
-    return judged("knn", knn(train, train_labels, test, min(20, len(train))), labels)
-
-
-def linear(model, tokenizer, paths, cfg, device, store=None, protocol="clip"):
-    """Accuracy of CLIP's or MAE's linear probe on pooled encoder tokens, trained on the train part beside the held-out one."""
-    train, train_labels, test, labels = frozen("pooled", model, paths, cfg, device, store)
-    name, probe = {"clip": ("linear", linear_probe), "mae": ("linear_mae", mae_probe)}[protocol]
-    return judged(name, probe(train, train_labels, test), labels)
-
-
-def attentive(model, tokenizer, paths, cfg, device, store=None):
-    """Accuracy of LCL's attentive probe on the encoder's patch tokens (all of them in memory), trained as the linear one is."""
-    train, train_labels, test, labels = frozen("tokens", model, paths, cfg, device, store)
-    return judged("attentive", attentive_probe(train, train_labels, test, device), labels)
-
-
-def caption(model, tokenizer, paths, cfg, device, store=None):
-    """Greedy captions. Captioned shards: BLEU-4 and CIDEr (simple tokens) against all references, and the mean cost of a reference's token given
-    its own and given another image. Labelled shards with class names: share of captions in which the name of the class stands."""
-    index = data.open_index(paths)
-    labelled = has_classes(index)
-    names = class_names(paths) if labelled else ()
-    images, labels, numbers = read(index, lambda s: s.label() if labelled else s.captions(lines=True) and 0, model)
-    texts = [tokenizer.decode(ids) for ids in collect(in_batches(model.generate, cfg, device, images).long()).tolist()]
-    if labelled:
-        labels, plain = fitting(collect(torch.tensor(labels, dtype=torch.long)), names, paths), [f" {' '.join(words(n))} " for n in names]
-        named = torch.tensor([plain[c] in f" {' '.join(words(t))} " for t, c in zip(texts, labels)])
-        groups = seen_and_unseen(paths, names, labels)
-        return [(f"named{suffix}", named[rows].double().mean().item(), int(rows.sum())) for suffix, rows in groups.items()]
-    refs = [index[i].captions(lines=True) for i in collect(numbers).tolist()]
-    counts = common.all_gather(torch.tensor([len(images)])).tolist()[:rank()]                     # of the ranks before this one
-    tokens, valid = tokenize(tokenizer, [r[0] for r in refs[sum(counts):][:len(images)]], cfg)
-    edge = collect(images[-1:])[sum(n > 0 for n in counts) - 1:][:len(images)][:1]
-    others = torch.cat([edge, images[:-1]])                  # each caption with the image before its own, on any number of ranks
-    own, other = (-collect(in_batches(model.score, cfg, device, x, tokens, valid)).double().mean().item() for x in (images, others))
-    return [("bleu4", bleu(texts, refs)[3], len(texts)), ("cider", cider(texts, refs), len(texts)), ("nats_per_token", own, len(texts)),
-            ("nats_per_token_other_image", other, len(texts))]
-
-
-def seen_and_unseen(paths, names, labels):
-    """{metric suffix: rows}: classes listed in unseen.txt beside the shards never occurred in training and are scored apart."""
-    unseen = torch.tensor([n in (data.beside(paths, "unseen.txt") or ()) for n in names])[labels]
-    return {"_seen": ~unseen, "_unseen": unseen} if unseen.any() else {"": ~unseen}
-
-
-def bank_of(paths):
-    """The training shards of the folder that these held-out ones lie in; [] if there are none apart from them."""
-    folder = os.path.dirname(os.path.abspath(paths[0]))
-    for f in (folder, os.path.dirname(folder)):
-        with contextlib.suppress(UserError):
-            found = data.expand(f)
-            if not {os.path.abspath(p) for p in found} & {os.path.abspath(p) for p in paths}:
-                return found
-    return []
-
-
-# ---- trained heads: the transfers that ask for more than a frozen feature; each an encoder, a plain head and one loop ----
-
-@dataclasses.dataclass
-class Recipe:
-    """How an encoder and its head are trained. The defaults are MAE's for fine-tuning ViT-B, without RandAugment and erasing."""
-    epochs: float = 100          # MAE
-    batch: int = 1024            # MAE; at most an eighth of the samples (ours)
-    lr: float = 5e-4             # MAE, for 256 images; more for more of them, not less for fewer (ours)
-    warmup: float = 0.05         # MAE: 5 of 100 epochs
-    wd: float = 0.05             # MAE
-    layer_decay: float = 0.65    # MAE, ViT-B: of the rate, from each layer to the one below
-    drop_path: float = 0.1       # MAE, ViT-B: chance that the last block's branches are left out for an image, falling to 0 at the first
-    scale: float = 0.08          # MAE: least area of the random resized crop
-    flip: bool = True            # MAE
-    mixup: float = 0.8           # MAE: both parameters of its beta distribution
-    cutmix: float = 1.0          # MAE: likewise; each step takes one of the two
-    smoothing: float = 0.1       # MAE
-    frozen: bool = False         # is the head alone trained?
-    shots: int = None            # training samples of a class; none = all
-    percent: float = None        # of the training samples (finetune: of each class); none = all
-    seed: int = 0                # ours
-    out: str = None              # folder for pictures
-
-
-RECIPES = {                                                  # crops are ours; the rate of heads beside frozen encoders: see recipe()
-    "finetune": Recipe(),
-    "segment": Recipe(epochs=128, batch=16, lr=1.28e-3, layer_decay=0.8, scale=0.25),            # a public run of MAE's ViT-B on ADE20K: 8e-5 for 16
-    "detect": Recipe(epochs=100, batch=64, lr=4e-4, layer_decay=0.7, wd=0.1, scale=0.25),        # ours, near what plain ViT detectors use
-    "vqa": Recipe(epochs=8, batch=256, lr=1e-4, layer_decay=1.0, wd=0.02, drop_path=0.0)}        # ALBEF's length and decay; rate ours
-DEMO = {                                                     # the built-in world and small models on two CPU cores
-    "finetune": dict(epochs=12, batch=64, lr=3e-3, scale=0.5, layer_decay=0.9, mixup=0, cutmix=0, drop_path=0),
-    "segment": dict(epochs=0.9, batch=64, lr=8e-3, scale=0.8, layer_decay=1.0, drop_path=0),
-    "detect": dict(epochs=0.7, batch=64, lr=3e-3, scale=0.8, layer_decay=0.9, drop_path=0),
-    "vqa": dict(epochs=0.9, batch=64, lr=2e-3)}
-
-
-def layers(head, how):
-    """Parameter groups of a module with a ViT `vision` in it: MAE's rates, falling by how.layer_decay from the top to the embeddings, and no decay of
-    1-D parameters, class token and positions (formats 10.4)."""
-    groups, depth = {}, len(head.vision.blocks)
-    inside = {id(p): name for name, p in head.vision.named_parameters()}
-    for p in (p for p in head.parameters() if p.requires_grad):
-        name = inside.get(id(p), "head")
-        layer = int(name.split(".")[1]) + 1 if name.startswith("blocks") else 0 if name.startswith(("cls_", "pos_", "patch_")) else depth + 1
-        key = how.layer_decay ** (depth + 1 - layer), 0.0 if p.ndim < 2 or name in ("cls_token", "pos_embed") else how.wd
-        groups.setdefault(key, []).append(p)
-    return [{"params": params, "scale": scale, "weight_decay": wd} for (scale, wd), params in groups.items()]
-
-
-def drop_path(vision, rate):
-    """Stochastic depth (arXiv 1603.09382): the branches of block i are left out of a row where its noise is below rate * i / (depth - 1), else they
-    grow to make up for it. The noise, vision.noise (B, 2 * depth), comes with the rows; None: nothing is left out."""
-    def drop(_, args, out, i, p):
-        return out if vision.noise is None else out * ((vision.noise[:, i] >= p) / (1 - p))[:, None, None].to(out.dtype)
-    vision.noise, depth = None, len(vision.blocks)
-    for i, branch in enumerate(branch for block in vision.blocks for branch in (block.attn, block.mlp)):
-        if p := rate * (i // 2) / max(1, depth - 1):
-            branch.register_forward_hook(functools.partial(drop, i=i, p=p))
-
-
-def mixed(images, labels, classes, how, step):
-    """Mixup or CutMix of neighbouring rows, labels smoothed (timm's, as MAE uses them; there the last row meets the first). images (B, 3, S, S)
-    float, labels (B,) -> images, targets (B, C)."""
-    targets = F.one_hot(labels, classes) * (1 - how.smoothing) + how.smoothing / classes
-    rng, S = data.rng_for(4, how.seed, step), images.shape[-1]                                   # the step's: the same on all ranks
-    cut = how.cutmix > 0 and (how.mixup == 0 or rng.random() < 0.5)
-    if not (how.mixup or how.cutmix):
-        return images, targets
-    lam, other = rng.beta(*2 * [how.cutmix if cut else how.mixup]), common.partner(images, 2)
-    if cut:
-        half, centre = S * math.sqrt(1 - lam) / 2, rng.integers(0, S, 2)
-        (top, left), (bottom, right) = ((centre + d).round().clip(0, S).astype(int) for d in (-half, half))
-        images = images.clone()
-        images[..., top:bottom, left:right] = other[..., top:bottom, left:right]
-        lam = 1 - (bottom - top) * (right - left) / S ** 2
-    else:
-        images = lam * images + (1 - lam) * other
-    return images, lam * targets + (1 - lam) * common.partner(targets, 2)
-
-
-class Classifier(torch.nn.Module):
-    """MAE's: the mean of the patch tokens through a layer norm of its own, which stands for the encoder's last, and a linear layer."""
-    def __init__(self, vision, classes, how):
-        super().__init__()
-        self.vision, self.how, width = vision, how, vision.pos_embed.shape[2]
-        self.norm, self.head = torch.nn.LayerNorm(width, eps=1e-6), torch.nn.Linear(width, classes)
-        torch.nn.init.trunc_normal_(self.head.weight, std=2e-5)
-        torch.nn.init.zeros_(self.head.bias)
-
-    def forward(self, images):                               # (B, 3, S, S) -> (B, C)
-        x = self.vision(images, upto=len(self.vision.blocks))[:, self.vision.cls_token is not None:]
-        return self.head(self.norm(x.mean(1)))
-
-    def loss(self, batch, step):
-        images = (batch["images"] / 255 - self.vision.mean) / self.vision.std
-        images, targets = mixed(images, batch["label"], self.head.out_features, self.how, step)
-        return -(targets * self(images).float().log_softmax(1)).sum(1).mean()
-
-
-class Segmenter(torch.nn.Module):
-    """A linear layer on each patch token; its logits are resized, bilinear, to the pixels."""
-    def __init__(self, vision, classes):
-        super().__init__()
-        self.vision, self.head = vision, torch.nn.Linear(vision.pos_embed.shape[2], classes)
-
-    def forward(self, images):                               # (B, 3, S, S) -> (B, C, n, n), n patches a side
-        return self.head(self.vision.patch_tokens(images)).transpose(1, 2).unflatten(2, (self.vision.grid, -1))
-
-    def loss(self, batch, step):                             # mean over the labelled pixels of all ranks
-        logits = F.interpolate(self(batch["images"]).float(), batch["mask"].shape[1:], mode="bilinear")
-        count = common.total((batch["mask"] > 0).sum()).clamp(min=1)
-        return F.cross_entropy(logits, batch["mask"].long(), ignore_index=0, reduction="sum") * world() / count
-
-
-class Detector(torch.nn.Module):
-    """FCOS (arXiv 1904.01355) at one scale: each patch tells classes, distances to the four sides of a box around its middle, and centre-ness."""
-    def __init__(self, vision, classes):
-        super().__init__()
-        width = vision.pos_embed.shape[2]
-        self.vision, self.classes = vision, classes
-        self.tower = torch.nn.ModuleList(torch.nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
-        self.out = torch.nn.Linear(width, classes + 5)
-        torch.nn.init.normal_(self.out.weight, std=0.01)
-        self.out.bias.data = torch.tensor([-math.log(99)] * classes + [0.0] * 5)                 # focal loss: at first each class has 1 %
-
-    def forward(self, images):
-        """(B, 3, S, S) -> logits of the classes (B, N, C), boxes (B, N, 4) as left, top, right, bottom in pixels, logits of centre-ness (B, N)."""
-        x = self.vision.patch_tokens(images).transpose(1, 2).unflatten(2, (self.vision.grid, -1))
-        for conv in self.tower:
-            x = F.gelu(conv(x))
-        classes, sides, centre = self.out(x.flatten(2).transpose(1, 2)).float().split([self.classes, 4, 1], 2)
-        middle = middles(self.vision.grid, self.vision.patch).to(sides)
-        near, far = (self.vision.patch * sides.clamp(max=8).exp()).chunk(2, 2)
-        return classes, torch.cat([middle - near, middle + far], 2), centre[..., 0]
-
-    def loss(self, batch, step):
-        """Focal loss (2, 0.25) of the classes, generalised IoU of the boxes weighted by centre-ness, cross-entropy of centre-ness; means over the
-        positive patches of all ranks, as there."""
-        logits, boxes, centre = self(batch["images"])
-        positive, truth = batch["cls"] >= 0, batch["box"]
-        middle = middles(self.vision.grid, self.vision.patch).to(truth)
-        pairs = torch.stack([middle - truth[..., :2], truth[..., 2:] - middle], 3)               # (B, N, 2, 2): to left and right, top and bottom
-        weight = (pairs.amin(3) / pairs.amax(3).clamp(min=1e-6)).clamp(min=0).prod(2).sqrt() * positive
-        target = F.one_hot(batch["cls"].clamp(min=0), self.classes) * positive[..., None]
-        p = logits.sigmoid()
-        focal = F.binary_cross_entropy_with_logits(logits, target.float(), reduction="none")
-        focal = focal * (target * 0.25 * (1 - p) ** 2 + (1 - target) * 0.75 * p ** 2)
-        count, mass = common.total(torch.stack([positive.sum().float(), weight.sum()])).clamp(min=1e-6)
-        overlap = (1 - giou(boxes, truth)) * weight
-        told = F.binary_cross_entropy_with_logits(centre, weight, reduction="none") * positive
-        return world() * (focal.sum() / count.clamp(min=1) + overlap.sum() / mass.clamp(min=1e-3) + told.sum() / count.clamp(min=1))
-
-
-def middles(n, patch):                                       # -> (n * n, 2): x, y of the middles of the patches, row by row
-    at = (torch.arange(n) + 0.5) * patch
-    return torch.stack([at.repeat(n), at.repeat_interleave(n)], 1)
-
-
-def giou(a, b):                                              # (..., 4) as left, top, right, bottom -> (...): generalised IoU (arXiv 1902.09630)
-    area = lambda low, high: (high - low).clamp(min=0).prod(-1)
-    both = area(torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:]))
-    union = area(a[..., :2], a[..., 2:]) + area(b[..., :2], b[..., 2:]) - both
-    hull = area(torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:]))
-    return both / union.clamp(min=1e-6) - (hull - union) / hull.clamp(min=1e-6)
-
-
-def assign(boxes, classes, n, patch):
-    """FCOS's targets of the n * n patches: boxes (K, 4) x, y, w, h in pixels of the view, classes (K,) -> class (N,), -1 = none, box (N, 4).
-
-    A patch is positive for a box that holds its middle, within 1.5 patches of the box's; of several, for the smallest. The patch with the middle of
-    a box always is (ours: else no patch would learn small boxes; such a box is taken to reach to the patch's middle).
-    """
-    middle, found, target = middles(n, patch).numpy(), np.full(n * n, -1), np.zeros((n * n, 4), np.float32)
-    for k in sorted(range(len(boxes)), key=lambda k: -boxes[k][2] * boxes[k][3]):
-        x, y, w, h = boxes[k]
-        centre = np.array([x + w / 2, y + h / 2])
-        away, own = np.abs(middle - centre), (centre // patch).clip(0, n - 1).astype(int)
-        inside = (away <= np.minimum((w / 2, h / 2), 1.5 * patch)).all(1)
-        inside[own[1] * n + own[0]] = True
-        found[inside] = classes[k]
-        target[inside] = np.concatenate([np.minimum((x, y), middle[inside] - 1), np.maximum((x + w, y + h), middle[inside] + 1)], 1)
-    return found, target
-
-
-def nms(boxes, scores, classes, iou=0.6):                    # (n, 4) x, y, w, h, (n,), (n,) arrays -> indices kept, best first
-    """Non-maximum suppression within each class: a box goes if a better one that stays overlaps it by more than `iou` (FCOS: 0.6)."""
-    order, kept = (-scores).argsort(kind="stable"), []
-    rivals = (overlaps(boxes, boxes, np.zeros(len(boxes), bool)) > iou) & (classes[:, None] == classes)
-    alive = np.ones(len(boxes), bool)
-    for i in order:
-        if alive[i]:
-            kept.append(int(i))
-            alive &= ~rivals[i]
-    return kept
-
-
-class Fusion(torch.nn.Module):
-    """For methods that read no text beside an image: a question's tokens look at the image's in two blocks, all new (ours)."""
-    def __init__(self, vision, vocab, length, dim=128):
-        super().__init__()
-        self.vision = vision
-        self.text = common.TextTransformer(vocab, length, dim, 1, dim // 32, causal=False)
-        self.blocks = torch.nn.ModuleList(common.CrossBlock(dim, vision.pos_embed.shape[2], dim // 32) for _ in range(2))
-        self.norm = torch.nn.LayerNorm(dim, eps=1e-6)
-        self.blocks.apply(common.init_weights)
-
-    def fused(self, images, tokens, valid):                  # (B, 3, S, S), (B, L), (B, L) -> (B, dim): the state at the begin token
-        return self.norm(common.run_blocks(self.blocks, self.text(tokens, valid), self.vision(images), valid[:, None, None]))[:, 0]
-
-
-class Answerer(torch.nn.Module):
-    """The state of a question read beside an image, by the method's own text path or a Fusion, and a linear layer over the answers."""
-    def __init__(self, reader, width, answers):
-        super().__init__()
-        self.reader, self.vision = reader, reader.vision
-        self.norm, self.head = torch.nn.LayerNorm(width, eps=1e-6), torch.nn.Linear(width, answers)
-
-    def forward(self, images, tokens, valid):                # (B, 3, S, S), (B, L), (B, L) -> (B, answers)
-        longest = int(valid.sum(1).max())                    # questions are short
-        return self.head(self.norm(self.reader.fused(images, tokens[:, :longest], valid[:, :longest])))
-
-    def loss(self, batch, step):
-        return F.cross_entropy(self(batch["images"], batch["tokens"], batch["valid"]).float(), batch["answer"])
-
-
-def ahead(batches, steps):
-    """Items 0 .. steps - 1 of data.Batches, made by threads while the model computes: a process forked here, after threads have run, may hang."""
-    workers = common.cores()
-    with ThreadPoolExecutor(workers) as pool:
-        waiting = collections.deque(pool.submit(batches.__getitem__, step) for step in range(min(steps, workers + 1)))
-        for step in range(steps):
-            batch = waiting.popleft().result()
-            if "error" in batch:
-                raise UserError(batch["error"])
-            if step + workers + 1 < steps:
-                waiting.append(pool.submit(batches.__getitem__, step + workers + 1))
-            yield batch
-
-
-def train_head(head, index, example, how, cfg, device, label):
-    """Train a head on samples of an index, its encoder too unless how.frozen: AdamW, warm-up, cosine. example(sample, rng) -> {name: array}. Ranks
-    share the rows of a step and end with the same weights."""
-    head.vision.requires_grad_(not how.frozen)
-    drop_path(head.vision, 0 if how.frozen else how.drop_path)
-    unit = 2 * world()                                       # neighbours are mixed
-    batch = max(1, min(how.batch, len(index) // 8) // unit) * unit
-    steps = max(1, round(how.epochs * len(index) / batch))
-    run = SimpleNamespace(steps=steps, warmup=round(how.warmup * steps), schedule="cosine")
-    opt = torch.optim.AdamW(layers(head, how), betas=(0.9, 0.999))
-    rows = data.Rows(index, data.Plan(index.starts, batch, how.seed, 64), example)
-    batches, skipped = ahead(data.Batches([rows], batch, rank(), world()), steps), 0
-    head.train()
-    for step, taken in enumerate(tqdm(batches, f"{label}: steps of {batch}", steps, leave=False, disable=rank() > 0 or None)):
-        skipped = skipped + taken.pop("skipped")
-        taken = {name: x.to(device) for name, x in taken.items()}
-        head.vision.noise = taken.pop("noise")
-        with common.autocast(cfg, device):
-            loss = head.loss(taken, step)
-        for group in opt.param_groups:
-            group["lr"] = common.lr_at(step + 1, run, how.lr * max(1, batch / 256)) * group["scale"]
-        opt.zero_grad(set_to_none=True)
-        loss.backward()
-        common.average_gradients(head.parameters())
-        opt.step()
-    head.vision.noise = None
-    head.eval()
-    passed = {reason: n for reason, n in zip(data.REASONS, common.total(skipped).tolist()) if n}
-    if passed:
-        print0(f"{label}: passed over or mended in training: {', '.join(f'{n} {reason}' for reason, n in passed.items())}")
-
-
-def trained(build, index, example, model, cfg, device, how, label):
-    """(metric suffix, head), trained alike: "" from the model's weights, "_random" from new ones. build(model of its own) -> head."""
-    for suffix, name in (("", label), ("_random", f"{label}, random encoder")):
-        with torch.random.fork_rng():
-            torch.manual_seed(how.seed)
-            head = build(type(model)(cfg).to(device) if suffix else copy.deepcopy(model)).to(device)
-        row = functools.partial(example, size=side_of(model), depth=len(model.vision.blocks), how=how)
-        train_head(head, index, row, how, cfg, device, name)
-        yield suffix, head
-
-
-class Few:
-    """Some samples of an index, for Plan and Rows."""
-    def __init__(self, index, numbers):
-        self.index, self.numbers, self.starts, self.paths = index, numbers, np.array([0, len(numbers)]), index.paths
-
-    def __len__(self):
-        return len(self.numbers)
-
-    def __getitem__(self, i):
-        return self.index[int(self.numbers[i])]
-
-
-def chosen(paths, how, by_class=False):
-    """The training samples beside the held-out ones: all, how.percent of them, or how.shots of each class, drawn with how.seed."""
-    bank = bank_of(paths)
-    if not bank:
-        raise UserError(f"a head needs training shards: none in the folder of {paths[0]}")
-    index = data.open_index(bank)
-    if not (how.shots or how.percent):                       # nothing is read before it is needed
-        return index
-    label = [found[0] if found else -1 for found in survey(index, lambda s: [class_or_none(s)])] if by_class else [0] * len(index)
-    size, taken, numbers = collections.Counter(label), collections.Counter(), []
-    for i in data.rng_for(5, how.seed).permutation(len(label)).tolist():
-        if label[i] >= 0 and taken[label[i]] < (how.shots or math.ceil(how.percent / 100 * size[label[i]])):
-            taken[label[i]] += 1
-            numbers.append(i)
-    return Few(index, np.sort(numbers))
-
-
-def survey(index, fn):
-    """[fn(sample)] of all samples, [] for those that cannot be read."""
-    def one(i):
-        try:
-            return fn(index[i])
-        except data.Skip:
-            return []
-    return [one(i) for i in tqdm(range(len(index)), "reading records", leave=False, disable=rank() > 0 or None)]
-
-
-def drawn(sample, rng, size, depth, how):
-    """A training view: random resized crop, maybe flipped, with the noise of drop_path -> row, box (x, y, w, h), flipped, (width, height)."""
-    image = sample.image()
-    box, flip = data.random_box(rng, *image.size, how.scale), how.flip and rng.random() < 0.5
-    return {"images": data.crop(image, box, size, flip), "noise": rng.random(2 * depth, np.float32)}, box, flip, image.size
-
-
-def whole(size):
-    """A view that shows all of an image, squashed: for what has places."""
-    return lambda image: data.squash(image, size, full=1.0)
-
-
-def class_row(sample, rng, size, depth, how, names, paths):
-    return {**drawn(sample, rng, size, depth, how)[0], "label": fitting(np.int64(sample.label()), names, paths)}
-
-
-def finetune(model, tokenizer, paths, cfg, device, store, how):
-    """Accuracy after fine-tuning encoder and classifier on the train part; classes of unseen.txt are left out. _random: the same from new weights;
-    _majority: what the most frequent held-out class would give."""
-    names, index, train, found = class_names(paths), data.open_index(paths), chosen(paths, how, by_class=True), []
-    row = functools.partial(class_row, names=names, paths=train.paths)
-    for suffix, head in trained(lambda m: Classifier(m.vision, len(names), how), train, row, model, cfg, device, how, "fine-tuning"):
-        pred, labels = [torch.zeros(0, dtype=torch.long)], []
-        for images, own, _ in looks(index, data.Sample.label, model):
-            pred, labels = pred + [in_batches(head, cfg, device, images).argmax(1)], labels + own
-        pred, labels = collect(torch.cat(pred)), fitting(collect(torch.tensor(labels, dtype=torch.long)), names, paths)
-        known = seen_and_unseen(paths, names, labels)
-        known = known.get("_seen", known.get(""))
-        found += judged(f"finetune{suffix}", pred[known], labels[known])
-    return found + [("finetune_majority", int(labels[known].bincount().max()) / int(known.sum()), int(known.sum()))]
-
-
-def mask_of(sample, size=None):
-    """Class numbers of the pixels (H, W). Skip where there is no such mask, or not of the image's size (width, height)."""
-    with contextlib.suppress(Exception):                     # Pillow's decoders fail in many ways
-        mask = Image.open(io.BytesIO(sample.members["seg.png"]), formats=("PNG",))
-        if size in (None, mask.size) and mask.width * mask.height <= data.MAX_PIXELS and (mask := np.asarray(mask)).ndim == 2:
-            return mask.astype(np.int32)
-    raise data.Skip("no mask")
-
-
-def mask_row(sample, rng, size, depth, how, classes):
-    row, (x, y, w, h), flip, shape = drawn(sample, rng, size, depth, how)
-    mask, at = mask_of(sample, shape), (np.arange(size) + 0.5) / size
-    if mask.max() >= classes:
-        raise UserError(f"class {mask.max()} in the mask of {sample.key}, but only {classes} names in classes.txt (line 0 is 'unlabeled')")
-    mask = mask[(y + at * h).astype(int)][:, (x + at * w).astype(int)]                           # nearest
-    return {**row, "mask": np.ascontiguousarray(mask[:, ::-1] if flip else mask)}
-
-
-def segment(model, tokenizer, paths, cfg, device, store, how):
-    """mIoU (n = classes there) and pixel accuracy of a linear head on the patch tokens, at the size of the stored masks. _random: with an encoder of
-    new weights; _majority: the most frequent held-out class everywhere."""
-    index, train, found = data.open_index(paths), chosen(paths, how), []
-    names = data.beside(paths, "classes.txt", "classnames.txt")
-    top = [] if names else [survey(part, lambda s: [int(mask_of(s).max())]) for part in (train, index)]
-    classes = len(names) if names else 1 + max(itertools.chain.from_iterable(sum(top, [])), default=0)
-    if classes < 2:
-        raise UserError(f"no mask (KEY.seg.png) with a class but 0 in {paths[0]} ... or the training shards beside it")
-    row, view = functools.partial(mask_row, classes=classes), whole(side_of(model))
-    for suffix, head in trained(lambda m: Segmenter(m.vision, classes), train, row, model, cfg, device, how, "segmenting"):
-        counts, cells = torch.zeros(classes, classes, dtype=torch.long), []
-        for images, masks, ids in looks(index, mask_of, model, view):
-            for x, mask, i in zip(in_batches(head, cfg, device, images)[:, 1:], map(torch.from_numpy, masks), ids):
-                pred = 1 + F.interpolate(x[None], mask.shape, mode="bilinear")[0].argmax(0)
-                counts += confusion(pred, mask, classes)
-                if len(cells) < 36 and i % max(1, len(index) // 12) == 0:
-                    image = index[i].image()
-                    shown_as = ([], ""), (mask, "truth"), (pred * (mask > 0), "told")
-                    cells += [(overlay(image, what), note, None) for what, note in shown_as]
-        counts = common.total(counts)
-        value, present = iou_of(counts)
-        if value is None:
-            raise UserError(f"none of the {len(index)} samples of {paths[0]} ... has a labelled pixel")
-        found += [(f"miou{suffix}", value, present), (f"pixel_accuracy{suffix}", int(counts.diag().sum()) / int(counts.sum()), int(counts.sum()))]
-        if not suffix and rank() == 0:
-            draw_to(how, "segment", cells, 6, f"Held-out images, their masks, and what is told where they are labelled; mIoU {100 * value:.1f} %")
-    constant = torch.zeros_like(counts)
-    constant[:, int(counts.sum(1).argmax())] = counts.sum(1)
-    return found + [("miou_majority", *iou_of(constant))]
-
-
-def draw_to(how, task, cells, columns, title):
-    """A sheet in the folder of the pictures, runs/TASK where none is given."""
-    out = how.out or f"runs/{task}"
-    os.makedirs(out, exist_ok=True)
-    sheet(cells, f"{out}/{task}.png", columns, title, 190)
-
-
-def box_row(sample, rng, size, depth, how, names, n):
-    row, (x, y, w, h), flip, shape = drawn(sample, rng, size, depth, how)
-    boxes, classes = [], []
-    for bx, by, bw, bh, name, crowd, _ in named_boxes(sample, shape):
-        left, right, top, bottom = ((v - o) * size / side for v, o, side in ((bx, x, w), (bx + bw, x, w), (by, y, h), (by + bh, y, h)))
-        left, right = (size - right, size - left) if flip else (left, right)
-        if not crowd and 0 < (left + right) / 2 < size and 0 < (top + bottom) / 2 < size:        # a crop keeps the boxes whose middle it holds
-            left, top, right, bottom = (min(max(v, 0), size) for v in (left, top, right, bottom))
-            boxes.append((left, top, right - left, bottom - top))
-            classes.append(names[name])
-    found, target = assign(boxes, classes, n, size // n)
-    return {**row, "cls": found, "box": target}
-
-
-def named_boxes(sample, shape):
-    """[(x, y, w, h, class name, is it a crowd?, area)]; the class is a box's "name", else its text."""
-    return [(x, y, w, h, name if isinstance(name, str) else text, bool(crowd), float(area) if isinstance(area, (int, float)) else w * h)
-            for x, y, w, h, text, name, crowd, area in sample.boxes(*shape, "name", "iscrowd", "area")]
-
-
-def boxes_told(head, index, names, model, cfg, device):
-    """A detector on held-out images -> its boxes (K, 7): image, class, x, y, w, h, score; the true ones (M, 8): image, class, x, y, w, h, crowd,
-    area; the images' sizes (I, 3): image, width, height; cells for a picture. names: {class name: number}."""
-    def wanted(sample):
-        shape, boxes = sample.image().size, []
-        with contextlib.suppress(data.Skip):                 # an image may have no box
-            boxes = [(names[name], x, y, w, h, crowd, area) for x, y, w, h, name, crowd, area in named_boxes(sample, shape)]
-        return shape, torch.tensor(boxes, dtype=torch.float32).view(-1, 7)
-
-    def shown(i, boxes, note):
-        what = [dict(zip("xywh", box), text=titles[int(c)]) for c, *box in boxes[:, :5].tolist()]
-        return overlay(index[i].image(), what), note, None
-    told, real, shapes, cells, titles = [torch.zeros(0, 7)], [torch.zeros(0, 8)], [torch.zeros(0, 3)], [], list(names)
-    size = side_of(model)
-    for images, truths, ids in looks(index, wanted, model, whole(size)):
-        for x, (shape, boxes), i in zip(detections(head, images, cfg, device), truths, ids):
-            x[:, 1:5] *= torch.tensor(shape).repeat(2) / size
-            told.append(F.pad(x, (1, 0), value=i))
-            real.append(F.pad(boxes, (1, 0), value=i))
-            shapes.append(torch.tensor([[i, *shape]], dtype=torch.float32))
-            if len(cells) < 24 and i % max(1, len(index) // 12) == 0:
-                sure = x[x[:, 5] >= 0.3]
-                first = nms(sure[:, 1:5].double().numpy(), sure[:, 5].numpy(), np.zeros(len(sure)))              # one class at a place
-                cells += [shown(i, boxes, "truth"), shown(i, sure[first], "told")]
-    return *(collect(torch.cat(x)) for x in (told, real, shapes)), cells
-
-
-def mean_boxes(real, shapes):                                # as boxes_told() has them -> (K, 7), as well
-    """The mean true box of each class, in shares of the images' sides, in every image; its score is the class's frequency."""
-    sides = {int(i): torch.tensor([w, h]).repeat(2) for i, w, h in shapes.tolist()}
-    share = real[:, 2:6] / torch.stack([sides[int(i)] for i in real[:, 0]])
-    rows = []
-    for c in real[:, 1].unique():
-        own = share[real[:, 1] == c]
-        rows += [torch.cat([torch.tensor([i, c]), own.mean(0) * side, torch.tensor([len(own) / len(real)])]) for i, side in sides.items()]
-    return torch.stack(rows)
-
-
-def detect(model, tokenizer, paths, cfg, device, store, how):
-    """Box AP of a single-scale head on the patch tokens, all and by how many training images show the class (LVIS: rare to 10, common to 100,
-    frequent). _random: with an encoder of new weights; _mean_box: each class's mean held-out box in every image."""
-    index, train, n, found = data.open_index(paths), chosen(paths, how), model.vision.grid, []
-    names_of = lambda sample: {box[4] for box in named_boxes(sample, (10 ** 9, 10 ** 9))}        # of any size: nothing is decoded
-    seen, there = (collections.Counter(itertools.chain.from_iterable(survey(part, names_of))) for part in (train, index))
-    if not seen or not there:
-        raise UserError(f"no boxes in the json of {paths[0]} ... or of the training shards beside it")
-    names = {name: i for i, name in enumerate(sorted(seen) + sorted(there.keys() - seen.keys()))}
-    groups = dict(zip(("S", "M", "L", "rare", "common", "frequent"), "AP_small AP_medium AP_large AP_rare AP_common AP_frequent".split()))
-
-    def ap(boxes, real):
-        coco = [{"image_id": i, "category_id": c, "bbox": b, "score": score} for i, c, *b, score in boxes.tolist()]
-        truth = [{"image_id": i, "category_id": c, "bbox": b, "iscrowd": crowd, "area": area} for i, c, *b, crowd, area in real.tolist()]
-        return average_precision(coco, truth, {names[name]: images for name, images in seen.items()})
-    row = functools.partial(box_row, names=names, n=n)
-    for suffix, head in trained(lambda m: Detector(m.vision, len(seen)), train, row, model, cfg, device, how, "detecting"):
-        told, real, shapes, cells = boxes_told(head, index, names, model, cfg, device)
-        if not len(real):
-            raise UserError(f"none of the {len(index)} samples of {paths[0]} ... can be evaluated: no box")
-        values = ap(told, real)
-        found += [(f"{groups.get(name, name)}{suffix}", v, len(real)) for name, v in values.items() if v is not None]
-        if not suffix and rank() == 0:
-            draw_to(how, "detect", cells, 6, f"Held-out images: true boxes, and the best told, from a score of 0.3; AP {100 * values['AP']:.1f} %")
-    constant = ap(mean_boxes(real, shapes), real)
-    return found + [(f"{name}_mean_box", constant[name], len(real)) for name in ("AP", "AP50")]
-
-
-def detections(head, images, cfg, device, least=0.05, most=100):
-    """images (n, 3, S, S) -> for each (K, 6): class, x, y, w, h in pixels of the view, score, best first; FCOS's: the root of class times
-    centre-ness, of the classes with at least 0.05, non-maximum suppression, the best 100."""
-    S, found = images.shape[-1], []
-    for batch in images.split(256):
-        with torch.no_grad(), common.autocast(cfg, device):
-            logits, boxes, centre = (x.cpu() for x in head(batch.to(device)))
-        p, boxes = logits.sigmoid(), boxes.clamp(0, S)
-        for p, q, b in zip(p, centre.sigmoid(), torch.cat([boxes[..., :2], boxes[..., 2:] - boxes[..., :2]], 2)):
-            at, c = (p >= least).nonzero().T
-            value, order = (p[at, c] * q[at]).sqrt().sort(descending=True, stable=True)
-            at, c, value = at[order][:1000], c[order][:1000], value[:1000]
-            keep = nms(b[at].double().numpy(), value.numpy(), c.numpy())[:most]
-            found.append(torch.cat([c[keep, None], b[at[keep]], value[keep, None]], 1))
-    return found
-
-
-def asked(sample):
-    """[(question, [answers], type)]: the json's "qa" as VQA v2 has it ("answers", or one "answer"; "answer_type"), or a sentence and its "label", as
-    NLVR has them."""
-    if "label" in sample.json:
-        return [(sample.captions()[0], [str(sample.json["label"]).lower()], "yes/no")]
-    found, listed = [], lambda x: x if isinstance(x, list) else []
-    for qa in (qa for qa in listed(sample.json.get("qa")) if isinstance(qa, dict)):
-        answers = [a for a in listed(qa.get("answers")) or [qa.get("answer")] if isinstance(a, str)]
-        if answers and isinstance(qa.get("question"), str):
-            kind = "yes/no" if {*answers} <= {"yes", "no"} else "number" if all(a.isdigit() for a in answers) else "other"
-            found.append((qa["question"], answers, qa["answer_type"] if qa.get("answer_type") in ANSWER_TYPES else kind))
-    if not found:
-        raise data.Skip("no question")
-    return found
-
-
-def usual(answers):                                          # the most frequent, of equal ones the first
-    return collections.Counter(answers).most_common(1)[0][0]
-
-
-def question_row(sample, rng, size, depth, how, answers, tokenizer, context):
-    """An image, squashed, neither cropped nor flipped, as questions ask for left and right, and one of its questions."""
-    known = [(q, answers[usual(a)]) for q, a, _ in asked(sample) if usual(a) in answers]
-    if not known:
-        raise data.Skip("no question")
-    question, answer = known[int(rng.integers(len(known)))]
-    tokens, valid = tokenizer.pad(question, context)
-    return {"images": whole(size)(sample.image()), "noise": rng.random(2 * depth, np.float32), "tokens": tokens, "valid": valid,
-            "answer": np.int64(answer)}
-
-
-def vqa(model, tokenizer, paths, cfg, device, store, how):
-    """VQA accuracy, all and by type of answer: the 3,129 most usual training answers ranked by the method's own text path (its `fused`), or where it
-    has none by a small fusion head. _random: all new weights; _majority: always the most usual training answer of the question's type."""
-    index, train, found = data.open_index(paths), chosen(paths, how), []
-    questions = [qa for qas in survey(train, asked) for qa in qas]
-    if not questions:
-        raise UserError(f"no questions in the json of the training shards beside {paths[0]}")
-    told = [a for a, _ in collections.Counter(usual(a) for _, a, _ in questions).most_common(3129)]
-    guess = {kind: usual([usual(a) for _, a, k in questions if k == kind] or told[:1]) for kind in ANSWER_TYPES}
-
-    own = getattr(model, "fused", None) is not None
-    context, width = (cfg.context, cfg.text_dim) if own else (64, 128)
-    tokenizer = tokenizer if own else data.Tokenizer.train([q for q, _, _ in questions], 4096)
-    build = lambda m: Answerer(m if own else Fusion(m.vision, tokenizer.vocab_size, context, width), width, len(told))
-    row = functools.partial(question_row, answers={a: i for i, a in enumerate(told)}, tokenizer=tokenizer, context=context)
-    for suffix, head in trained(build, train, row, model, cfg, device, how, "answering"):
-        judged_ones, cells = [torch.zeros(0, 3, dtype=torch.double)], []
-        for images, questions, ids in looks(index, asked, model, whole(side_of(model))):
-            flat = [(n, *qa) for n, qas in enumerate(questions) for qa in qas]
-            tokens, valid = (torch.from_numpy(np.stack(x)) for x in zip(*(tokenizer.pad(q, context) for _, q, _, _ in flat)))
-            pred = in_batches(head, cfg, device, images[[n for n, *_ in flat]], tokens, valid).argmax(1).tolist()
-            judged_ones.append(torch.tensor([[vqa_accuracy(told[p], truth), vqa_accuracy(guess[kind], truth), ANSWER_TYPES.index(kind)]
-                                             for p, (_, _, truth, kind) in zip(pred, flat)], dtype=torch.double))
-            for k in range(0, len(flat), max(1, len(flat) // (12 - len(cells)))) if len(cells) < 12 else ():
-                (n, question, truth, _), answer = flat[k], told[pred[k]]
-                cells.append((index[ids[n]].image(), f"{question} {answer}", "green" if vqa_accuracy(answer, truth) >= 0.5 else "red"))
-        right, constant, kinds = collect(torch.cat(judged_ones)).T
-        groups = {"": kinds >= 0, **{f"_{kind}": kinds == k for k, kind in enumerate(ANSWER_TYPES) if (kinds == k).any()}}
-        found += [(f"vqa{group}{mark}", value[rows].mean().item(), int(rows.sum())) for group, rows in groups.items()
-                  for mark, value in ((suffix, right), ("_majority", constant)) if not (suffix and mark == "_majority")]
-        if not suffix and rank() == 0:
-            draw_to(how, "vqa", cells, 6, f"Held-out questions with the answers told; framed green where right; accuracy {100 * right.mean():.1f} %")
-    return found
-
-
-ANSWER_TYPES = ("yes/no", "number", "other")                 # VQA's
-
-
-def recipe(task, args):
-    """The Recipe of a task, DEMO's changes where no --data are given, what the command line gives, and the rate of a head alone (ours)."""
-    how = dataclasses.replace(RECIPES[task], **({} if args.data else DEMO[task]))
-    given = {f.name: v for f in dataclasses.fields(how) if (v := getattr(args, f.name, None)) is not None and v is not False}
-    most = {"percent": 100, "scale": 1}
-    wrong = [f"--{name} {v}" for name, v in given.items() if isinstance(v, (int, float)) and not 0 < v <= most.get(name, math.inf)]
-    if wrong:
-        raise UserError(f"{', '.join(wrong)}: must be more than 0, --percent at most 100, --scale at most 1")
-    if given.get("frozen") and "lr" not in given:
-        given["lr"] = 1e-3
-    return dataclasses.replace(how, **given)
-
-
-# The protocols, and the method of a model that one needs beyond its .vision.
-HEADS = {"finetune": finetune, "segment": segment, "detect": detect, "vqa": vqa}
-TASKS = {"zeroshot": zeroshot, "retrieval": retrieval, "knn": nearest, "linear": linear, "attentive": attentive, "caption": caption, **HEADS}
-NEEDS = {"zeroshot": "encode_text", "retrieval": "encode_text", "caption": "generate"}
-
-
-def able(model, task):
-    return task not in NEEDS or getattr(model, NEEDS[task], None) is not None
-
-
-def first_sample(index):
-    """The first readable sample, or one without anything."""
-    for i in range(len(index)):
-        with contextlib.suppress(data.Skip):
-            sample = index[i]
-            sample.json
-            return sample
-    return data.Sample("", {})
-
-
-def has_classes(index):
-    """Has the first readable record a label rather than a caption?"""
-    sample = first_sample(index)
-    return "cls" in sample.members and not sample.captioned()
-
-
-def heads_for(paths):
-    """The heads that can be trained on the train part beside these shards, told by the first record."""
-    sample = first_sample(data.open_index(paths))
-    fields = {"finetune": "cls" in sample.members and not sample.captioned(), "segment": "seg.png" in sample.members,
-              "detect": bool({"boxes", "segments"} & sample.json.keys()), "vqa": bool({"qa", "label"} & sample.json.keys())}
-    return [task for task, there in fields.items() if there and bank_of(paths)]
-
-
-def tasks_for(paths):
-    """What the first record of these shards allows: captions -> retrieval and captioning; classes -> zero-shot and classes named in captions,
-    and if there is a bank kNN and linear probe."""
-    if not has_classes(data.open_index(paths)):
-        return ["retrieval", "caption"]
-    return ["zeroshot", "caption"] + ["knn", "linear"] * bool(bank_of(paths))
-
-
-def held_out(cfg):
-    """Pairs to draw pictures from: the first captioned --val, else training shards -> (Index, what they are)."""
-    paths = next((p for p in (data.expand(v, "test") for v in cfg.val or ()) if "retrieval" in tasks_for(p)), None)
-    return data.open_index(paths or data.expand(cfg.data or cfg.labels)[:1]), "held-out pairs" if paths else "training images"
-
-
-def specimens(index, n):
-    """n samples spread over an index, for a picture: each with image and caption, or the next one that has both."""
-    found = []
-    for start in np.linspace(0, len(index) - 1, n).astype(int).tolist():
-        for i in range(start, start + len(index)):
-            with contextlib.suppress(data.Skip):
-                sample = index[i % len(index)]
-                found += [sample] if sample.image() and sample.captions() else []
-                break
-    return found
-
-
-def shown(name, value):
-    return "-" if value is None else f"{value:.3f}" if name.startswith(("nats", "cider")) else f"{100 * value:.1f} %"
-
-
-def table(rows):
-    """[(metric, value, n)] as lines of text."""
-    return "\n".join(f"  {name:<32}{shown(name, value):>9}   n = {n:,}" for name, value, n in rows)
-
-
-def evaluate(model, tokenizer, cfg, device):
-    """A script's own evaluation on cfg.val: prints a table, writes out/result.json, returns it (flat, fractions). The attentive probe, which takes
-    longer, is left to the command line."""
-    if not cfg.val:
-        print0("no --val: nothing held out to evaluate on")
-        return {}
-    rows, store = [], Store()
-    for pattern in cfg.val:
-        paths = data.expand(pattern, "test")
-        for task in tasks_for(paths):
-            if able(model, task):
-                found = TASKS[task](model, tokenizer, paths, cfg, device, store)
-                rows += [row for row in found if not row[0].endswith("_mean_per_class")]         # the command line tells these, too
-    print0(f"held out:\n{table(rows)}")
-    result = {name: value for name, value, _ in rows}
-    write(result, cfg)
+    by_class = collections.defaultdict(lambda: collections.defaultdict(lambda: ([], [])))
+    for kind, boxes in enumerate((detections, truths)):
+        for box in boxes:
+            by_class[box["category_id"]][box["image_id"]][kind].append(box)
+
+    table = {}  # category -> AP at each of the 10 thresholds
+    for category, images in sorted(by_class.items()):
+        ap = class_average_precision(images)
+        if ap is not None:
+            table[category] = ap
+
+    def mean(categories, thresholds=slice(None)):
+        values = [table[category][thresholds] for category in categories]
+        return float(np.mean(values)) if values else None
+
+    result = {"AP": mean(table), "AP50": mean(table, 0), "AP75": mean(table, 5)}
+    if train_images is not None:
+        groups = {"AP_rare": [], "AP_common": [], "AP_frequent": []}
+        for category in table:
+            n_images = train_images.get(category, 0)
+            if n_images <= 10:
+                groups["AP_rare"].append(category)
+            elif n_images <= 100:
+                groups["AP_common"].append(category)
+            else:
+                groups["AP_frequent"].append(category)
+        for name, categories in groups.items():
+            result[name] = mean(categories)
     return result
 
 
-def write(result, cfg):
+SPELLED_NUMBERS = {
+    "none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5",
+    "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10",
+}
+CONTRACTIONS = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't
+hadn't've hasn't haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am
+mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't
+she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd
+someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've
+there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll
+what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll
+why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll
+you're you've""".split()
+# the reference's table restores each of them from itself with any one apostrophe missing
+RESTORED = {"somebody'd": "somebodyd"}  # a slip of the reference
+for _word in CONTRACTIONS:
+    for _i, _character in enumerate(_word):
+        if _character == "'":
+            RESTORED[_word[:_i] + _word[_i + 1:]] = _word
+
+
+def normalize_answer(text):
+    """An answer as VQA's official evaluation compares it, slips of the reference included."""
+    out = text
+    for mark in ';/[]"{}()=+\\_-><@`,?!':
+        beside_space = f"{mark} " in text or f" {mark}" in text
+        if beside_space or re.search(r"\d,\d", text):
+            out = out.replace(mark, "")
+        else:
+            out = out.replace(mark, " ")
+    out = re.sub(r"\.(?!\d)", "", out, count=32)  # the reference passes a flag as the count
+    tokens = [SPELLED_NUMBERS.get(word, word) for word in out.lower().split()]
+    tokens = [word for word in tokens if word not in ("a", "an", "the")]
+    return " ".join(RESTORED.get(word, word) for word in tokens)
+
+
+def vqa_accuracy(answer, answers):
+    """VQA's: mean over the human answers of min(1, how many of the others equal the answer / 3).
+
+    answers: the (ten) human answers. Compared after normalize_answer, but as they are where all
+    humans agree. One human answer alone: equal or not (ours).
+    """
+    answer, *answers = (a.replace("\n", " ").replace("\t", " ").strip() for a in (answer, *answers))
+    if not answers:
+        raise ValueError("a question needs a human answer to compare with")
+    if len(set(answers)) > 1:
+        answer, *answers = (normalize_answer(a) for a in (answer, *answers))
+    equal = [a == answer for a in answers]
+    if len(equal) == 1:
+        return float(equal[0])
+    return sum(min(1, (sum(equal) - e) / 3) for e in equal) / len(equal)
+
+
+# ---- protocols ----
+# protocol(model, tokenizer, paths, cfg, device) -> [(metric, value, n)]. A metric with one of these
+# endings is a baseline of the metric without it; the table writes both in one line.
+
+BASELINES = {
+    "_random": "untrained encoder",
+    "_majority": "most frequent answer",
+    "_mean_box": "mean box",
+    "_other_image": "another image",
+    "_chance": "chance",
+}
+
+
+def class_names(paths):
+    """A name for each class: the lines of classes.txt or classnames.txt beside the shards."""
+    names = data.read_lines_near(paths, "classes.txt", "classnames.txt")
+    if names is None:
+        raise UserError(f"no classes.txt or classnames.txt beside {paths[0]} or one folder up: "
+                        "each class needs a name, one a line")
+    return names
+
+
+def class_templates(paths):
+    """Prompts with {c} or {} for the class, from beside the shards; else one of CLIP's."""
+    templates = data.read_lines_near(paths, "zeroshot_classification_templates.txt")
+    if not templates:
+        return ["a photo of a {c}."]
+    for template in templates:
+        if "{c}" not in template and "{}" not in template:
+            raise UserError(f"template {template!r} beside {paths[0]} has no place for the class: "
+                            "write {} or {c} where its name belongs")
+    return templates
+
+
+def fill_templates(templates, names):
+    """-> all prompts of the first class, then of the second, ..."""
+    prompts = []
+    for name in names:
+        prompts += [template.replace("{c}", name).replace("{}", name) for template in templates]
+    return prompts
+
+
+def check_labels(labels, names, paths):
+    """UserError where a label, of an integer or a tensor of them, has no name."""
+    largest = int(torch.as_tensor(labels).max())
+    if largest >= len(names):
+        raise UserError(f"label {largest} in {paths[0]}, but only {len(names)} class names beside "
+                        "it: add the missing lines")
+
+
+def unseen_classes(paths, names):
+    """(C,) bool: is the class in unseen.txt, whose classes do not occur in training?"""
+    unseen = data.read_lines_near(paths, "unseen.txt")
+    if unseen is None:
+        unseen = []
+    for name in unseen:
+        if name not in names:
+            raise UserError(f"{name!r} in unseen.txt beside {paths[0]} is not in its class names: "
+                            "correct one of the two")
+    return torch.tensor([name in unseen for name in names])
+
+
+def seen_and_unseen(paths, names, labels):
+    """{metric suffix: (I,) bool}: classes that do not occur in training are scored apart.
+
+    Without such classes there is one group, without a suffix.
+    """
+    unseen = unseen_classes(paths, names)[labels]
+    if not unseen.any():
+        return {"": ~unseen}
+    groups = {"_seen": ~unseen, "_unseen": unseen}
+    return {suffix: rows for suffix, rows in groups.items() if rows.any()}
+
+
+def top1_and_per_class(name, predicted, labels):
+    """Accuracy, and the mean of the classes' accuracies, in which rare ones count as much."""
+    top1 = (predicted == labels).double().mean().item()
+    per_class = mean_per_class(predicted, labels)
+    return [(name, top1, len(labels)), (f"{name}_mean_per_class", per_class, len(labels))]
+
+
+def rerank(sim, score, k=16):
+    """The k best candidates of each query in the order of score, above all others (ALBEF).
+
+    sim (Q, C); score(queries (n,), candidates (n,)) -> (n,) -> new scores (Q, C). Ranks share the
+    queries. k: ours; ALBEF 128 or 256.
+    """
+    share = rank_slice(len(sim))
+    sim = sim[share.start:share.stop]
+    best = torch.cat([k_nearest(rows, min(k, sim.shape[1])) for rows in sim.split(1024)])
+    queries = torch.arange(share.start, share.stop).repeat_interleave(best.shape[1])
+    value = score(queries, best.flatten()).view(best.shape)
+    value = value - value.amin(1, keepdim=True) + sim.amax(1, keepdim=True) + 1
+    return all_gather_rows(sim.scatter(1, best, value))
+
+
+def match_scorer(model, tokenizer, index, ids, texts, cfg, device):
+    """-> score(images (n,), texts (n,)) = model.match_score of these samples `ids` and texts.
+
+    The tokens of all images are kept in memory, in half precision.
+    """
+    image_tokens, _, _ = embed_samples(
+        model, index, cfg, device, model.vision, numbers=ids, half=True)
+    tokens, valid = tokenize(tokenizer, texts, cfg.context)
+
+    def score(images, texts):
+        scores = [torch.zeros(0)]
+        for i, t in zip(images.split(256), texts.split(256)):
+            rows = (image_tokens[i].float(), tokens[t], valid[t])
+            scores.append(in_batches(model.match_score, cfg, device, *rows))
+        return torch.cat(scores)
+
+    return score
+
+
+def zeroshot(model, tokenizer, paths, cfg, device):
+    """Zero-shot accuracy by class names in prompts (CLIP).
+
+    Every template beside the shards is filled with every class name; every image competes among
+    all classes. With match_score also _itm: each image's 16 best classes in the order of the mean
+    score of their prompts.
+    """
+    names = class_names(paths)
+    templates = class_templates(paths)
+    index = data.open_index(paths, "test")
+    image, labels, ids = embed_labelled(model, index, cfg, device, model.encode_image)
+    check_labels(labels, names, paths)
+
+    prompts = fill_templates(templates, names)
+    text = encode_texts(model, tokenizer, prompts, cfg, device)
+    classifier = prompt_ensemble(text.unflatten(0, (len(names), len(templates))))
+    scores = {"": image @ classifier.T}
+    if hasattr(model, "match_score"):
+        match = match_scorer(model, tokenizer, index, ids, prompts, cfg, device)
+        scores["_itm"] = rerank(scores[""], class_match(match, len(templates)))
+
+    rows = []
+    for suffix, group in seen_and_unseen(paths, names, labels).items():
+        for mark in scores:
+            rows += class_rows(f"zeroshot{suffix}{mark}", scores[mark][group], labels[group])
+        rows.append((f"zeroshot{suffix}_chance", 1 / len(names), int(group.sum())))
+    return rows
+
+
+def class_match(match, n_prompts):
+    """match(images, prompts) -> fn(images, classes): the mean over the prompts of each class."""
+
+    def mean_match(images, classes):
+        first = classes * n_prompts
+        return torch.stack([match(images, first + i) for i in range(n_prompts)]).mean(0)
+
+    return mean_match
+
+
+def class_rows(metric, scores, labels):
+    right = ranks(scores, labels) < 1
+    rows = top1_and_per_class(metric, labels.where(right, -1), labels)
+    if scores.shape[1] > 5:
+        rows.append((f"{metric}_top5", accuracy(scores, labels, 5), len(labels)))
+    return rows
+
+
+def retrieval(model, tokenizer, paths, cfg, device):
+    """Recall at 1, 5, 10 from image to text and text to image, over all captions of all images.
+
+    With match_score also _itm: each query's 16 best in the order of that score.
+    """
+    index = data.open_index(paths, "test")
+    image, text, owner, ids = embed_pairs(model, tokenizer, index, cfg, device)
+    sim = text @ image.T
+    rows = recall_rows(recall_at_k(sim, owner), owner)
+    rows += recall_rows(chance_recall(owner), owner, "_chance")
+    if hasattr(model, "match_score"):
+        texts = []
+        for i in ids.tolist():
+            texts += read_captions(index[i])
+        match = match_scorer(model, tokenizer, index, ids, texts, cfg, device)
+
+        def match_text_first(texts, images):
+            return match(images, texts)
+
+        by_image = recall_at_k(rerank(sim.T, match).T, owner)
+        by_text = recall_at_k(rerank(sim, match_text_first), owner)
+        rows += recall_rows({"i2t": by_image["i2t"], "t2i": by_text["t2i"]}, owner, "_itm")
+    return rows
+
+
+def recall_rows(recall, owner, mark=""):
+    """recall as recall_at_k gives it; each image of owner has a text."""
+    n_queries = {"i2t": int(owner.max()) + 1, "t2i": len(owner)}
+    rows = []
+    for direction, values in recall.items():
+        for k, value in values.items():
+            rows.append((f"{direction}_r{k}{mark}", value, n_queries[direction]))
+    return rows
+
+
+def chance_recall(owner, ks=(1, 5, 10)):
+    """What recall_at_k would be on average for random scores; each image has a text."""
+    n_texts = len(owner)
+    own = owner.bincount().tolist()  # texts of each image
+    recall = {"i2t": {}, "t2i": {}}
+    for k in ks:
+        drawn = math.comb(n_texts, min(k, n_texts))
+        misses = [math.comb(n_texts - n, min(k, n_texts)) / drawn for n in own]
+        recall["i2t"][k] = 1 - sum(misses) / len(own)
+        recall["t2i"][k] = min(1, k / len(own))
+    return recall
+
+
+def training_shards(paths):
+    """The training part beside these held-out shards or one folder up; [] if there is none."""
+    folder = os.path.dirname(os.path.abspath(paths[0]))
+    held_out = {os.path.realpath(path) for path in paths}
+    for place in (folder, os.path.dirname(folder)):
+        try:
+            found = data.expand(place, "train")
+        except UserError:
+            continue
+        if not held_out & {os.path.realpath(path) for path in found}:
+            return found
+    return []
+
+
+def frozen_features(model, paths, cfg, device, fn, half=False):
+    """fn of the labelled training images and of the held-out ones: what a probe needs.
+
+    -> train (N, ...), train_labels (N,), test (M, ...), labels (M,). Held-out images of a class
+    that no training image has are left out: a probe cannot know it.
+    """
+    train_paths = training_shards(paths)
+    if not train_paths:
+        raise UserError("knn, linear and attentive also need labelled training shards, and there "
+                        f"are none beside {paths[0]} or one folder up: add train-*.tar")
+    train_index = data.open_index(train_paths, "train")
+    index = data.open_index(paths, "test")
+    train, train_labels, _ = embed_labelled(model, train_index, cfg, device, fn, half)
+    test, labels, _ = embed_labelled(model, index, cfg, device, fn, half)
+    known = torch.isin(labels, train_labels)
+    if not known.any():
+        raise UserError(f"no image of {paths[0]} ... has a class that one of {train_paths[0]} ... "
+                        "has: give a training part of the same classes")
+    return train, train_labels, test[known], labels[known]
+
+
+def probe_rows(name, predicted, labels):
+    """Accuracy of a probe, and of always answering the most frequent held-out class."""
+    majority = int(labels.bincount().max()) / len(labels)
+    rows = top1_and_per_class(name, predicted, labels)
+    return rows + [(f"{name}_majority", majority, len(labels))]
+
+
+def frozen_accuracy(probes, model, tokenizer, paths, cfg, device):
+    """Accuracy of kNN (k = 20, DINO) and linear probe on pooled patch tokens, computed once.
+
+    probes: those of "knn" and "linear" that are wanted.
+    """
+
+    def pooled_tokens(images):
+        return model.vision.patch_tokens(images).mean(1)
+
+    features = frozen_features(model, paths, cfg, device, pooled_tokens)
+    train, train_labels, test, labels = features
+    rows = []
+    if "knn" in probes:
+        predicted = knn(train, train_labels, test, k=min(20, len(train)))
+        rows += probe_rows("knn", predicted, labels)
+    if "linear" in probes:
+        rows += probe_rows("linear", linear_probe(train, train_labels, test), labels)
+    return rows
+
+
+def untrained(model, cfg, device, seed=0):
+    """A model of the same class and sizes with new weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return type(model)(cfg).to(device).eval()
+
+
+def probes_and_untrained(model, tokenizer, paths, cfg, device):
+    """kNN and linear probe, each beside what an untrained encoder's features give (_random)."""
+    probes = ("knn", "linear")
+    rows = frozen_accuracy(probes, model, tokenizer, paths, cfg, device)
+    other = untrained(model, cfg, device)
+    for metric, value, n in frozen_accuracy(probes, other, tokenizer, paths, cfg, device):
+        if metric in probes:
+            rows.append((f"{metric}_random", value, n))
+    return rows
+
+
+def attentive(model, tokenizer, paths, cfg, device):
+    """Accuracy of LCL's attentive probe on the patch tokens, all of which are kept in memory."""
+    features = frozen_features(model, paths, cfg, device, model.vision.patch_tokens, half=True)
+    train, train_labels, test, labels = features
+    return probe_rows("attentive", attentive_probe(train, train_labels, test, device), labels)
+
+
+CAPTION_LENGTH = 40  # tokens, ours
+
+
+def caption(model, tokenizer, paths, cfg, device):
+    """Greedy captions, against the reference captions or, on labelled shards, the class's name."""
+    index = data.open_index(paths, "test")
+    has_classes = kind_of(index) == "classes"
+
+    def generate(images):
+        return model.generate(images, min(CAPTION_LENGTH, cfg.context - 1))
+
+    read = data.Sample.label if has_classes else read_captions
+    tokens, values, ids = embed_samples(model, index, cfg, device, generate, read)
+    captions = [tokenizer.decode(row) for row in tokens.tolist()]
+    if has_classes:
+        labels = all_gather_rows(torch.tensor(values, dtype=torch.long))
+        return named_class_rows(captions, labels, paths)
+    return reference_rows(model, tokenizer, index, captions, ids, cfg, device)
+
+
+def named_class_rows(captions, labels, paths):
+    """Share of captions in which the name of the image's class stands, as whole words."""
+    names = class_names(paths)
+    check_labels(labels, names, paths)
+    is_named = []
+    for text, label in zip(captions, labels.tolist()):
+        is_named.append(f" {' '.join(words(names[label]))} " in f" {' '.join(words(text))} ")
+    is_named = torch.tensor(is_named).double()
+    rows = []
+    for suffix, group in seen_and_unseen(paths, names, labels).items():
+        n = int(group.sum())
+        majority = int(labels[group].bincount().max()) / n
+        rows.append((f"named{suffix}", is_named[group].mean().item(), n))
+        rows.append((f"named{suffix}_majority", majority, n))
+    return rows
+
+
+def reference_rows(model, tokenizer, index, captions, ids, cfg, device):
+    """BLEU-4 and CIDEr against all references, and the cost of a token of the first reference.
+
+    _other_image: each reference with the caption of another image, or given another image.
+    """
+    references = [read_captions(index[i]) for i in ids.tolist()]
+    others = captions[-1:] + captions[:-1]
+    rows = [
+        ("bleu4", bleu(captions, references)[3], len(ids)),
+        ("bleu4_other_image", bleu(others, references)[3], len(ids)),
+        ("cider", cider(captions, references), len(ids)),
+        ("cider_other_image", cider(others, references), len(ids)),
+    ]
+    if hasattr(model, "score"):
+        share = rank_slice(len(ids))
+        texts = [refs[0] for refs in references[share.start:share.stop]]
+        text_rows = tokenize(tokenizer, texts, cfg.context)
+        for metric, numbers in (("nats_per_token", ids),
+                                ("nats_per_token_other_image", ids.roll(1))):
+            cost = nats_per_token(model, index, numbers, text_rows, cfg, device)
+            rows.append((metric, cost, len(ids)))
+    return rows
+
+
+def nats_per_token(model, index, numbers, text_rows, cfg, device):
+    """Mean cost of a token of this rank's texts, each given the image in its place in numbers."""
+    tokens, valid = text_rows
+    scores = [torch.zeros(0)]
+    stop = 0
+    for images, _, _ in iter_images(index, model.held_out_view, numbers=numbers):
+        start = stop
+        stop += len(images)
+        batch = (images, tokens[start:stop], valid[start:stop])
+        scores.append(in_batches(model.score, cfg, device, *batch))
+    return -all_gather_rows(torch.cat(scores).double()).mean().item()
+
+
+PROTOCOLS = {
+    "zeroshot": zeroshot,
+    "retrieval": retrieval,
+    "knn": functools.partial(frozen_accuracy, ("knn",)),
+    "linear": functools.partial(frozen_accuracy, ("linear",)),
+    "attentive": attentive,
+    "caption": caption,
+}
+NEEDS = {"zeroshot": "encode_text", "retrieval": "encode_text", "caption": "generate"}
+
+
+def supports(model, task):
+    return task not in NEEDS or hasattr(model, NEEDS[task])
+
+
+# ---- results ----
+
+def first_sample(index):
+    """The first sample whose record can be read, or None."""
+    for i in range(len(index)):
+        try:
+            sample = index[i]
+            sample.json  # raises Skip where it cannot be read
+            return sample
+        except data.Skip:
+            continue
+    return None
+
+
+def kind_of(index):
+    """What shards hold, by their first readable sample: "captions", "classes" or "documents"."""
+    sample = first_sample(index)
+    if sample is not None and sample.is_document():
+        return "documents"
+    if sample is not None and sample.has_label() and not sample.has_caption():
+        return "classes"
+    return "captions"
+
+
+def protocols_for(model, paths):
+    """{task: protocol}: what these shards and this model allow within minutes."""
+    kind = kind_of(data.open_index(paths, "test"))
+    tasks = {}
+    if kind == "captions":
+        tasks = {"retrieval": retrieval, "caption": caption}
+    if kind == "classes":
+        tasks = {"zeroshot": zeroshot, "caption": caption}
+        if training_shards(paths):
+            tasks["knn, linear"] = probes_and_untrained
+    return {task: protocol for task, protocol in tasks.items() if supports(model, task)}
+
+
+def try_protocol(protocol, *args):
+    """-> its rows, None; or [], the reason why it cannot run on these data."""
+    try:
+        return protocol(*args), None
+    except UserError as error:
+        return [], str(error)
+    except Exception as error:
+        if world_size() > 1:  # the other ranks would wait for this one
+            raise
+        return [], f"{type(error).__name__}: {common.one_line(error)}"
+
+
+def format_value(metric, value):
+    if value is None or not math.isfinite(value):
+        return "-"
+    if metric.startswith(("nats", "cider")):
+        return f"{value:.3f}"
+    return f"{100 * value:.1f} %"
+
+
+def is_baseline(metric, metrics):
+    return any(metric == other + suffix for other in metrics for suffix in BASELINES)
+
+
+def baselines_of(metric, values):
+    """Text on the baselines of a metric among values {metric: value}, in brackets; or nothing."""
+    texts = []
+    for suffix, name in BASELINES.items():
+        if metric + suffix in values:
+            texts.append(f"{name} {format_value(metric, values[metric + suffix])}")
+    return f"({', '.join(texts)})" if texts else ""
+
+
+def table(rows):
+    """[(metric, value, n)] as lines of text; baselines stand in the line of their metric."""
+    values = {metric: value for metric, value, _ in rows}
+    lines = []
+    for metric, value, n in rows:
+        if not is_baseline(metric, values):
+            text = f"{format_value(metric, value):>9}   n = {n:,}   {baselines_of(metric, values)}"
+            lines.append(f"  {metric:<30}{text}".rstrip())
+    return "\n".join(lines)
+
+
+def evaluate(model, tokenizer, cfg, device):
+    """A script's own evaluation on cfg.val -> {metric: fraction}, also in out/result.json.
+
+    A protocol that cannot run is a line with its reason. The attentive probe and the heads take
+    longer and are left to the command line.
+    """
+    if not cfg.val:
+        print0("no --val: nothing held out to evaluate on")
+        return {}
+    rows = []
+    for pattern in cfg.val:
+        paths = data.expand(pattern, "test")
+        for task, protocol in protocols_for(model, paths).items():
+            found, reason = try_protocol(protocol, model, tokenizer, paths, cfg, device)
+            rows += [row for row in found if not row[0].endswith("_mean_per_class")]
+            if reason is not None:
+                print0(f"{task} on {pattern}: - ({reason})")
+    print0(f"held out:\n{table(rows)}")
+    result = {metric: value for metric, value, _ in rows}
+    write_result(result, cfg)
+    return result
+
+
+def write_result(result, cfg):
+    """{metric: value} to out/result.json."""
     if rank() == 0:
         with open(os.path.join(cfg.out, "result.json"), "w") as f:
             json.dump(result, f, indent=1)
 
 
-# ---- command line ----
-
-class Encoder(torch.nn.Module):
-    """A vision transformer alone, as a file under timm's names holds it."""
-    def __init__(self, cfg):
-        super().__init__()
-        self.vision = common.ViT(cfg.image_size, cfg.patch, cfg.dim, cfg.depth, cfg.heads, cls=cfg.cls, mean=cfg.mean, std=cfg.std)
-
-    def encode_image(self, images):                          # (B, 3, S, S) -> (B, D) unit
-        return common.unit(self.vision.patch_tokens(images).mean(1))
-
-    @classmethod
-    def read(cls, path):                                     # -> (model, cfg)
-        (tensors, meta), sizes = common.read_encoder(path), common.encoder_sizes(path)
-        norms = {name: json.loads(meta.get(name, "[0.5, 0.5, 0.5]")) for name in ("mean", "std")}
-        size = math.isqrt(tensors["pos_embed"].shape[1]) * sizes["patch"]
-        cfg = SimpleNamespace(image_size=size, cls="cls_token" in tensors, precision="auto", seed=0, **sizes, **norms)
-        model = cls(cfg)
-        common.init_encoder(model.vision, path)
-        return model, cfg
+def check_held_out(cfg):
+    """For the start of a training: UserError where classes of cfg.val lack names or prompts."""
+    for pattern in cfg.val if cfg.val else []:
+        paths = data.expand(pattern, "test")
+        index = data.open_index(paths, "test")
+        if kind_of(index) != "classes":
+            continue
+        names = class_names(paths)
+        class_templates(paths)
+        unseen_classes(paths, names)
+        for i in np.unique(np.linspace(0, len(index) - 1, 1000).astype(int)).tolist():
+            try:
+                check_labels(index[i].label(), names, paths)
+            except data.Skip:
+                continue
 
 
-def load(path, device="cpu"):
-    """Checkpoint, or encoder file -> (model, tokenizer, cfg, hash of the file). Raises UserError for what is neither."""
-    if path.endswith(".safetensors"):
-        model, cfg = Encoder.read(path)
-        return model.to(device).eval(), data.Tokenizer(), cfg, digest_of(path)
+def held_out_pairs(cfg):
+    """-> Index of captioned images for pictures, and what they are.
+
+    The first --val with captions, else the first training shard.
+    """
+    for pattern in cfg.val if cfg.val else []:
+        index = data.open_index(pattern, "test")
+        if kind_of(index) == "captions":
+            return index, "held-out pairs"
+    fields = [getattr(cfg, name) for name in common.data_fields(type(cfg)) if name != "val"]
+    training = [patterns for patterns in fields if patterns]
+    return data.open_index(data.expand(training[0])[:1]), "training images"
+
+
+def pick_samples(index, n):
+    """n samples spread over an index, each with an image and a caption -> [Sample]."""
+    samples = []
+    for start in np.linspace(0, len(index) - 1, n).astype(int).tolist():
+        for offset in range(len(index)):
+            try:
+                sample = index[(start + offset) % len(index)]
+                sample.image()
+                sample.captions()
+            except data.Skip:
+                continue
+            samples.append(sample)
+            break
+    return samples
+
+
+# ---- search ----
+
+def compose(image=None, text=None, minus=None, weights=(1, 2)):
+    """Query of unit vectors (E,): weights[0] * image + weights[1] * (text - minus), made unit.
+
+    Weights of 1 and 2: ALIGN s7, footnote 4.
+    """
+    query = 0
+    if image is not None:
+        query = query + weights[0] * image
+    if text is not None:
+        query = query + weights[1] * text
+    if minus is not None:
+        query = query - weights[1] * minus
+    return F.normalize(query, dim=0)
+
+
+def nearest_images(features, query, k):
+    """The k rows of features (I, E) with the largest product with query (E,) -> scores, rows."""
+    best = (features @ query).topk(min(k, len(features)))
+    return best.values.tolist(), best.indices.tolist()
+
+
+def search(model, tokenizer, index, cfg, device, text=None, picture=None, minus=None,
+           weights=(1, 2), k=20):
+    """The k images of an index nearest to a text, a PIL image or both -> [(score, number)]."""
+    parts = {}
+    if picture is not None:
+        images = torch.tensor(model.held_out_view(picture))[None]
+        parts["image"] = in_batches(model.encode_image, cfg, device, images)[0]
+    if text is not None:
+        parts["text"] = encode_texts(model, tokenizer, [text], cfg, device)[0]
+    if minus is not None:
+        parts["minus"] = encode_texts(model, tokenizer, [minus], cfg, device)[0]
+    features, ids = embed_images(model, index, cfg, device)
+    scores, rows = nearest_images(features, compose(weights=weights, **parts), k)
+    return list(zip(scores, ids[rows].tolist()))
+
+
+# ---- pictures: PIL alone, sizes in pixels ----
+
+FONT = ImageFont.load_default(12)
+TITLE_FONT = ImageFont.load_default(17)
+INK = "#222222"
+GAP = 14  # around cells
+LINE = 15  # height of a line of text
+
+
+@functools.cache
+def is_drawable(character):
+    """Does the font have this letter? It draws the same box for all that it lacks."""
+    if not character.isprintable():
+        return False
+    return bytes(FONT.getmask(character)) != bytes(FONT.getmask("\U0010ffff"))
+
+
+def wrap(text, width, max_lines):
+    """Text as lines of about `width` pixels; letters that the font lacks as codes (\\xe9)."""
+    drawn = ""
+    for character in " ".join(text[:1000].split()):
+        if not is_drawable(character):
+            character = character.encode("ascii", "backslashreplace").decode()
+        drawn += character
+    columns = max(1, int(width / FONT.getlength("n")))
+    return textwrap.wrap(drawn, columns, max_lines=max_lines, placeholder="…")
+
+
+def to_pil(image):
+    """A PIL image, or uint8 (3, H, W) or (H, W, 3) as tensor or array -> PIL, RGB."""
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    array = np.asarray(torch.as_tensor(image).cpu())
+    if array.shape[0] == 3:
+        array = array.transpose(1, 2, 0)
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def fit(image, size):
+    """The picture scaled into size x size; a small one by a whole number, so that pixels stay."""
+    image = to_pil(image)
+    scale = size / max(image.size)
+    method = Image.BICUBIC
+    if scale >= 2:
+        scale = int(scale)
+        method = Image.NEAREST
+    return image.resize([max(1, round(side * scale)) for side in image.size], method)
+
+
+def sheet(cells, path, columns, title="", size=112):
+    """Write a labelled grid of pictures to path.
+
+    cells: [(image, caption, frame)]; image as to_pil takes it, or None for a cell of text; frame a
+    color name or None. A row is as tall as its longest caption, of at most four lines.
+    """
+    rows = [cells[i:i + columns] for i in range(0, len(cells), columns)]
+    heights = [size + 6 + LINE * max(caption_lines(cell, size) for cell in row) for row in rows]
+    y = 44 if title else GAP
+    width = GAP + columns * (size + GAP)
+    page = Image.new("RGB", (width, y + sum(heights) + GAP * len(rows)), "white")
+    draw = ImageDraw.Draw(page)
+    draw.text((GAP, 12), title, INK, TITLE_FONT)
+    for row, height in zip(rows, heights):
+        for column, (image, text, frame) in enumerate(row):
+            x = GAP + column * (size + GAP)
+            draw_cell(page, draw, (x, y, x + size, y + size), image, text, frame)
+        y += height + GAP
+    page.save(path)
+
+
+def caption_lines(cell, size):
+    image, text, _ = cell
+    return 0 if image is None else len(wrap(text, size, 4))
+
+
+def draw_cell(page, draw, box, image, text, frame):
+    """A picture with its caption below, or a text, in a square box; the frame lies around it."""
+    x0, y0, x1, y1 = box
+    size = x1 - x0
+    center = (x0 + x1) / 2
+    if image is None:
+        draw.rounded_rectangle(box, 6, "#f4f4f4")
+        lines = "\n".join(wrap(text, size - 16, size // LINE - 1))
+        draw.multiline_text((center, (y0 + y1) / 2), lines, INK, FONT, "mm", 3, "center")
+    else:
+        picture = fit(image, size)
+        x0 += (size - picture.width) // 2
+        y0 += (size - picture.height) // 2
+        box = (x0, y0, x0 + picture.width, y0 + picture.height)
+        page.paste(picture, box)
+        draw.multiline_text((center, y1 + 6), "\n".join(wrap(text, size, 4)), INK, FONT, "ma", 3,
+                            "center")
+    if frame:
+        draw.rectangle((box[0] - 4, box[1] - 4, box[2] + 3, box[3] + 3), None, frame, 4)
+
+
+def class_color(i):
+    """Hues a golden section apart: far from each other, and the same in all pictures."""
+    return tuple(round(255 * c) for c in colorsys.hsv_to_rgb(i * 0.61803 % 1, 0.75, 0.9))
+
+
+def heat_colors(values):
+    """(...) floats in 0 .. 1 -> (..., 3) in 0 .. 255: five colors of viridis, straight between."""
+    viridis = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)])
+    return np.stack([np.interp(values, np.linspace(0, 1, 5), c) for c in viridis.T], -1)
+
+
+def overlay(image, what):
+    """PIL picture with `what` drawn over it; small images first grow by a whole number.
+
+    what is a float map (h, w): heat from its least to its largest value, stretched over the image;
+    or an integer mask (H, W): one color a class, 0 and below left clear; or a list of boxes
+    {"x", "y", "w", "h", "text"} in pixels of the image.
+    """
+    image = to_pil(image)
+    grow = max(1, 224 // max(image.size))
+    picture = image.resize([grow * side for side in image.size], Image.NEAREST)
+    if isinstance(what, list):
+        draw_boxes(picture, what, grow)
+        return picture
+    what = torch.as_tensor(what).detach().cpu()
+    if what.is_floating_point():
+        values = what.float().numpy()
+        values = (values - values.min()) / max(np.ptp(values), 1e-12)
+        colors = heat_colors(np.asarray(Image.fromarray(values).resize(picture.size)))
+        opacity = 0.55
+    else:
+        assert what.shape == image.size[::-1], f"mask {tuple(what.shape)}, image {image.size}"
+        mask = what.long().numpy().repeat(grow, 0).repeat(grow, 1).clip(0)
+        colors = np.array([class_color(i) for i in range(mask.max() + 1)])[mask]
+        opacity = 0.55 * (mask > 0)[..., None]
+    blended = (1 - opacity) * np.asarray(picture) + opacity * colors
+    return Image.fromarray(blended.round().astype(np.uint8))
+
+
+def draw_boxes(picture, boxes, scale):
+    """Outlines of boxes {"x", "y", "w", "h", "text"} times scale, each with its text on top."""
+    draw = ImageDraw.Draw(picture)
+    for i, box in enumerate(boxes):
+        x, y, w, h = (scale * box[key] for key in "xywh")
+        color = class_color(i)
+        draw.rectangle((x, y, x + max(w, 1) - 1, y + max(h, 1) - 1), None, color, 2)
+        text = "".join(wrap(box.get("text", ""), picture.width - 8, 1))
+        if text:
+            width = FONT.getlength(text) + 8
+            x = max(0, min(x, picture.width - width))
+            y = max(0, y - LINE)
+            draw.rectangle((x, y, x + width - 1, y + LINE), color)
+            draw.text((x + 4, y + 8), text, "black" if sum(color) > 400 else "white", FONT, "lm")
+
+
+def read_log(path):
+    """Records of a log.jsonl, without lines that are not JSON: a kill may cut the last."""
+    records = []
+    with open(path, errors="replace") as f:
+        for line in f:
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                continue
+    return records
+
+
+def curves(log_path, path, fields, title=""):
+    """Write a small panel for each field of a log.jsonl: its values over the steps, linear axes.
+
+    Values that are missing, null or not finite are left out.
+    """
+    records = read_log(log_path)
+    columns = min(2, len(fields))
+    width = 470
+    height = 200
+    y = 44 if title else GAP
+    n_rows = math.ceil(len(fields) / columns)
+    page = Image.new("RGB", (columns * width, y + n_rows * height), "white")
+    draw = ImageDraw.Draw(page)
+    draw.text((GAP, 12), title, INK, TITLE_FONT)
+    for i, field in enumerate(fields):
+        points = []
+        for record in records:
+            value = record.get(field)
+            if isinstance(value, (int, float)) and math.isfinite(value):
+                points.append((record["step"], value))
+        left = i % columns * width + 70
+        top = y + i // columns * height + 24
+        draw_panel(draw, (left, top, left + width - 86, top + height - 54), field, points)
+    page.save(path)
+
+
+def draw_panel(draw, box, name, points):
+    """A line through points (step, value) in a box, with the least and largest of both."""
+    left, top, right, bottom = box
+    draw.rectangle(box, None, "#8a8a8a")
+    if not points:
+        draw.text((left, top - 4), f"{name}: no values", INK, FONT, "ls")
+        return
+    steps, values = np.array(points, float).T
+    draw.text((left, top - 4), f"{name}, last {values[-1]:.4g}", INK, FONT, "ls")
+    draw.text((left - 6, top), f"{values.max():.4g}", INK, FONT, "rt")
+    draw.text((left - 6, bottom), f"{values.min():.4g}", INK, FONT, "rb")
+    draw.text((left, bottom + 4), f"step {steps.min():,.0f}", INK, FONT, "la")
+    draw.text((right, bottom + 4), f"{steps.max():,.0f}", INK, FONT, "ra")
+    x = left + (right - left) * (steps - steps.min()) / max(np.ptp(steps), 1)
+    y = np.full(len(values), (top + bottom) / 2)  # a flat line runs through the middle
+    if np.ptp(values):
+        y = bottom - (bottom - top) * (values - values.min()) / np.ptp(values)
+    draw.line(list(zip(x, y)), "#1f5fa8", 2)
+
+
+# ---- checkpoints and encoder files ----
+
+METHODS = {"ALIGN": "align", "MUG": "mug", "LCL": "lcl", "TiMix": "timix", "M3I": "m3i"}
+
+
+def load_model(path, device, heads=None):
+    """A checkpoint of a script, or an encoder file -> model, tokenizer, cfg, hash of the file.
+
+    heads: of an encoder file that does not say how many it has.
+    """
+    digest = file_digest(path)
     try:
         state = common.read_checkpoint(path)
-    except (FileNotFoundError, ValueError) as error:
-        with contextlib.suppress(UserError):                 # an encoder as a torch file?
-            model, cfg = Encoder.read(path)
-            return model.to(device).eval(), data.Tokenizer(), cfg, digest_of(path)
-        raise UserError(f"not a readable checkpoint: {error}") from None
-    if state["method"] not in METHODS:
-        raise UserError(f"{path} is a checkpoint of {state['method']}: known are {', '.join(METHODS)}")
-    module = importlib.import_module(METHODS[state["method"]])
+    except ValueError:  # an encoder file?
+        model, cfg = load_encoder(path, heads)
+        return model.to(device).eval(), data.Tokenizer(), cfg, digest
+    method = state["method"]
+    if method not in METHODS:
+        raise UserError(f"{path} is a checkpoint of {method}: known are {', '.join(METHODS)}")
+    module = importlib.import_module(METHODS[method])
     try:
         cfg = module.Config(**state["config"])
-        model = module.Model(cfg)
+        model = getattr(module, method)(cfg)
         model.load_state_dict(state["model"])
     except (TypeError, RuntimeError) as error:
-        raise UserError(f"{path} was written by another version of {METHODS[state['method']]}.py: {str(error).splitlines()[0]}") from None
-    return model.to(device).eval(), data.Tokenizer.loads(state["vocab"]), cfg, digest_of(path)
+        raise UserError(f"{path} was written by another version of {METHODS[method]}.py "
+                        f"({common.one_line(error)}): use that version, or train again")
+    return model.to(device).eval(), data.Tokenizer.loads(state["vocab"]), cfg, digest
 
 
-def digest_of(path):
+def file_digest(path):
+    """First 12 hex digits of the SHA-256 of a file."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as f:
+            for block in iter(functools.partial(f.read, 2**20), b""):
+                digest.update(block)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): give last.pt of a run, or an "
+                        "encoder file")
+    return digest.hexdigest()[:12]
+
+
+class Encoder(nn.Module):
+    """A vision transformer alone, from a file under timm's names."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.vision = common.ViT(cfg.image_size, cfg.patch, cfg.dim, cfg.depth, cfg.heads,
+                                 cls=cfg.cls, mean=cfg.mean, std=cfg.std)
+
+    def encode_image(self, images):
+        """(B, 3, S, S) -> (B, D), unit length: the mean patch."""
+        return common.l2_normalize(self.vision.patch_tokens(images).mean(1))
+
+    def held_out_view(self, image):
+        """MAE's evaluation: the short side to 256/224 of the input size, then a central crop."""
+        side = min(image.size) * 224 / 256
+        box = ((image.width - side) / 2, (image.height - side) / 2, side, side)
+        return data.crop(image, box, self.vision.image_size)
+
+
+def load_encoder(path, heads=None):
+    """An encoder file -> Encoder, and a cfg of its sizes."""
+    tensors, meta = read_encoder(path)
+    sizes = encoder_sizes(tensors, meta)
+    if heads is not None:
+        sizes["heads"] = heads
+    if sizes["heads"] is None:
+        raise UserError(f"{path} does not say how many heads a width of {sizes['dim']} has: "
+                        "give --heads")
+    cfg = SimpleNamespace(
+        **sizes,
+        image_size=math.isqrt(tensors["pos_embed"].shape[1]) * sizes["patch"],
+        cls="cls_token" in tensors,
+        mean=json.loads(meta.get("mean", "[0.5, 0.5, 0.5]")),
+        std=json.loads(meta.get("std", "[0.5, 0.5, 0.5]")),
+        precision="auto",
+        seed=0,
+    )
+    model = Encoder(cfg)
+    init_encoder(model.vision, path)
+    return model, cfg
+
+
+def read_safetensors(path):
+    """-> {name: tensor}, {metadata: str}. Header length (8 bytes), JSON header, then the bytes."""
+    types = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+             "BF16": torch.bfloat16}
     with open(path, "rb") as f:
-        return hashlib.sha256(f.read()).hexdigest()[:12]
+        size = int.from_bytes(f.read(8), "little")
+        if size > os.path.getsize(path) - 8:
+            raise ValueError("no safetensors header")
+        header = json.loads(f.read(size))
+        body = bytearray(f.read())
+    meta = header.pop("__metadata__", {})
+    tensors = {}
+    for name, entry in header.items():
+        start, stop = entry["data_offsets"]
+        if not 0 <= start < stop <= len(body):
+            raise ValueError(f"{name} lies outside the file")
+        values = torch.frombuffer(body[start:stop], dtype=types[entry["dtype"]])
+        tensors[name] = values.view(entry["shape"])
+    return tensors, meta
 
 
-def data_sets(args, *parts, apart=False):
-    """[(name, files)]: --data, where each of several folders is a data set; or these parts of the built-in world. apart: so is each pattern."""
-    given = args.data or [f"{folder}/{part}" for folder in [rank0_first(data.make_world)] for part in parts]
-    apart = apart or len(given) > 1 and all(map(os.path.isdir, given))
-    return [(" ".join(g), data.expand(g, "test")) for g in ([[g] for g in given] if apart else [given])]
+def load_torch_file(path):
+    """A torch file of plain tensors, of which nothing is executed -> {name: tensor}, metadata."""
+    if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip() is not None:
+        raise ValueError("it is damaged")  # torch does not check
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        blocked = re.search(r"(?:GLOBAL|class|global) ([\w.]+\.[\w.]+)", str(error))
+        if blocked is None:
+            raise
+        raise ValueError(f"it holds {blocked[1]}, not tensors alone; save the state_dict() alone")
+    meta = state.get("metadata", {})
+    if "method" in state and "config" in state:  # a checkpoint of this project: its encoder
+        meta = {name: json.dumps(state[name]) for name in ("mean", "std")}
+        meta["heads"] = str(state["config"]["heads"])
+        prefix = "vision."
+        tensors = {name: x for name, x in state["model"].items() if name.startswith(prefix)}
+        return {name.removeprefix(prefix): x for name, x in tensors.items()}, meta
+    for key in ("model", "state_dict"):
+        state = state.get(key, state)
+    return state, meta
 
 
-def records(task, subject, name, paths, device, **how):
-    """One protocol on one data set -> what is kept of each metric."""
-    model, tokenizer, cfg, digest, store = subject
-    return [{"metric": m, "value": v, "n": n, "protocol": task, "split": name, "checkpoint": digest, "seed": cfg.seed}
-            for m, v, n in TASKS[task](model, tokenizer, paths, cfg, device, store, **how)]
-
-
-def main_metric(rows):
-    """What stands for a data set in the mean over several (as in DataComp): both R@1, else the first metric, seen and unseen classes together."""
-    first = rows[0]["metric"]
-    names = ("i2t_r1", "t2i_r1") if first == "i2t_r1" else (first, first.replace("_seen", "_unseen"))
-    rows = [r for r in rows if r["metric"] in names]
-    weights = [1 if first == "i2t_r1" else r["n"] for r in rows]
-    return sum(w * r["value"] for w, r in zip(weights, rows)) / sum(weights)
-
-
-def measure(args, device):
-    """One protocol on each checkpoint: a JSON line for each result, then a table; over several data sets their mean."""
-    sets, how = data_sets(args, "pairs" if args.task in ("retrieval", "caption", "segment", "detect", "vqa") else "labels"), {}
-    if args.task == "linear":
-        how["protocol"] = args.protocol
-    if args.task in HEADS:
-        how["how"] = recipe(args.task, args)
-    for checkpoint in args.checkpoint:
-        subject, found = opened(checkpoint, device, args.task), []
-        for name, paths in sets:
-            found.append(records(args.task, subject, name, paths, device, **how))
-        if len(sets) > 1:
-            mean = sum(map(main_metric, found)) / len(found)
-            found.append([{**found[0][0], "metric": "mean", "value": mean, "n": len(found), "split": " ".join(name for name, _ in sets)}])
-        for rows in found:
-            told = table([(r["metric"], r["value"], r["n"]) for r in rows])
-            print0("\n".join([*map(json.dumps, rows), f"{checkpoint}, {args.task} on {rows[0]['split']}:", told]))
-        if args.out and rank() == 0:
-            os.makedirs(args.out, exist_ok=True)
-            with open(os.path.join(args.out, "eval.jsonl"), "a") as f:
-                f.writelines(json.dumps(r) + "\n" for rows in found for r in rows)
-
-
-def compare(args, device):
-    """Every protocol that each checkpoint can do, side by side: compare.md, compare.json and compare.png in --out."""
-    found, columns, out = [], {}, args.out or "runs/compare"
-    for checkpoint in args.checkpoint:
-        subject = opened(checkpoint, device)
-        label = f"{type(subject[0]).__name__} {os.path.basename(os.path.dirname(os.path.abspath(checkpoint)))}"
-        columns[subject[3]] = label if label not in columns.values() else f"{label} {subject[3][:4]}"
-        for name, paths in data_sets(args, "pairs", "labels", apart=True):
-            tasks = tasks_for(paths)
-            for task in tasks + ["attentive"] * ("knn" in tasks) + (heads_for(paths) if args.heads else []):
-                if able(subject[0], task):
-                    print0(f"{columns[subject[3]]}: {task} on {name}")
-                    how = {"how": dataclasses.replace(recipe(task, args), out=f"{out}/{subject[3]}")} if task in HEADS else {}
-                    found += records(task, subject, name, paths, device, **how)
-    if rank():
-        return
-    cells = collections.defaultdict(dict)
-    for r in found:
-        cells[os.path.basename(r["split"].rstrip("/")), r["metric"], r["n"]][r["checkpoint"]] = r["value"]
-    lines = [f"| data | metric | n | {' | '.join(columns.values())} |", "|---" * (3 + len(columns)) + "|"]
-    for (split, metric, n), values in cells.items():
-        lines.append(f"| {split} | {metric} | {n:,} | {' | '.join(shown(metric, values.get(c)) for c in columns)} |")
-    print0("\n".join(lines))
-    os.makedirs(out, exist_ok=True)
-    with open(f"{out}/compare.md", "w") as f:
-        f.write("\n".join(lines) + "\n")
-    with open(f"{out}/compare.json", "w") as f:
-        json.dump({"checkpoints": columns, "results": found}, f, indent=1)
-    drawn = {f"{metric}, {split}": [values.get(c) for c in columns] for (split, metric, _), values in cells.items()
-             if not metric.startswith(("nats", "cider")) and not metric.removesuffix("_itm").endswith(("mean_per_class", "top5", "r5", "r10"))}
-    bars(drawn, list(columns.values()), f"{out}/compare.png", "Held out")
-
-
-def export(args, device):
-    """The encoder of a checkpoint as timm names it, in float32: FILE.safetensors (written by hand; formats 10.6) or FILE.pt."""
-    if len(args.checkpoint) > 1 or not args.out or not args.out.endswith((".safetensors", ".pt")):
-        raise UserError(f"export takes one checkpoint and --out FILE.safetensors or FILE.pt, not {len(args.checkpoint)} and --out {args.out}")
-    model, _, _, digest = load(args.checkpoint[0])
-    vision = model.vision
-    tensors = {name: x.detach().float().contiguous() for name, x in vision.state_dict().items()}
-    told = {name: json.dumps([round(v, 6) for v in getattr(vision, name).flatten().tolist()]) for name in ("mean", "std")}
-    meta = {"format": "pt", "method": type(model).__name__, "checkpoint": digest, "image_size": str(vision.grid * vision.patch),
-            "patch": str(vision.patch), "heads": str(vision.blocks[0].attn.heads), "pooling": "avg", **told}     # avg: timm's, with fc_norm=False
-    if rank() == 0:
-        os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
-        if args.out.endswith(".pt"):
-            torch.save({"model": tensors, "metadata": meta}, args.out)
+def read_encoder(path):
+    """Weights of a timm-named ViT in float32, without classifier -> {name: tensor}, metadata."""
+    try:
+        if path.endswith(".safetensors"):
+            found, meta = read_safetensors(path)
         else:
-            header, at = {"__metadata__": meta}, 0
-            for name, x in tensors.items():
-                header[name] = {"dtype": "F32", "shape": list(x.shape), "data_offsets": [at, at := at + 4 * x.numel()]}
-            text = json.dumps(header).encode()
-            text += b" " * (-len(text) % 8)
-            with open(args.out, "wb") as f:
-                f.write(len(text).to_bytes(8, "little") + text)
-                f.writelines(x.numpy().astype("<f4").tobytes() for x in tensors.values())
-    print0(f"{args.out}: encoder of a {meta['method']}, {len(tensors)} tensors, {sum(x.numel() for x in tensors.values()):,} parameters; " +
-           ", ".join(f"{k} {meta[k]}" for k in ("image_size", "patch", "heads", "pooling", "mean", "std")))
+            found, meta = load_torch_file(path)
+        tensors = {}
+        for name, x in found.items():
+            name = re.sub(r"^((module|_orig_mod)\.)+", "", name)
+            if isinstance(x, torch.Tensor) and not name.startswith(("head.", "fc_norm.")):
+                tensors[name] = x.float()
+        for name in ("patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight"):
+            if name not in tensors:
+                raise ValueError(f"no {name}, so no ViT as timm names it")
+    except Exception as error:  # JSON, pickle, zip and torch each have their own errors
+        raise UserError(f"{path} cannot be read ({common.one_line(error)}): give a checkpoint of "
+                        "this project, or a ViT with timm's names as .safetensors or plain tensors")
+    return tensors, meta
 
 
-def find(args, device):
-    """The search of each checkpoint."""
-    if not (args.text or args.image):
+def encoder_sizes(tensors, meta):
+    """dim, depth, heads, patch of an encoder. heads is None where the file does not say."""
+    dim, _, patch, _ = tensors["patch_embed.proj.weight"].shape
+    numbers = [int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")]
+    sizes = {"dim": dim, "depth": max(numbers) + 1, "heads": None, "patch": patch}
+    if "heads" in meta:
+        sizes["heads"] = int(meta["heads"])
+    else:  # heads leave no trace in the weights: only a well-known width and depth tell them
+        for known_dim, known_depth, known_heads in common.SIZES.values():
+            if (dim, sizes["depth"]) == (known_dim, known_depth):
+                sizes["heads"] = known_heads
+    return sizes
+
+
+def resize_positions(pos_embed, grid):
+    """(1, [1+]g*g, D) -> the class token's row (1, 0 or 1, D), the patches' on another grid.
+
+    Bicubic with antialiasing, as timm resamples them.
+    """
+    side = math.isqrt(pos_embed.shape[1])
+    cls, patches = pos_embed.split([pos_embed.shape[1] - side**2, side**2], 1)
+    if side != grid:
+        patches = patches.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        patches = F.interpolate(patches, (grid, grid), mode="bicubic", antialias=True)
+        patches = patches.flatten(2).transpose(1, 2)
+    return cls, patches
+
+
+def init_encoder(vision, path):
+    """Load a timm-named encoder into a ViT. UserError where shapes or heads differ.
+
+    Positions are resized to the ViT's grid; fixed ones stay. A class token that only one of the
+    two has stays as initialized, or is left out.
+    """
+    tensors, meta = read_encoder(path)
+    own = {name: x.detach().cpu() for name, x in vision.state_dict().items()}
+    cls, patches = resize_positions(tensors["pos_embed"], vision.grid)
+    if vision.cls_token is None:
+        tensors.pop("cls_token", None)
+        cls = cls[:, :0]
+    elif "cls_token" not in tensors:
+        tensors["cls_token"] = own["cls_token"]
+        cls = own["pos_embed"][:, :1]
+    elif cls.shape[1] == 0:  # some files have a class token without a position: there it is zero
+        cls = torch.zeros_like(own["cls_token"])
+    tensors["pos_embed"] = torch.cat([cls, patches], 1)
+    if not vision.pos_embed.requires_grad:
+        tensors["pos_embed"] = own["pos_embed"]
+
+    for name in own.keys() | tensors.keys():
+        theirs = tuple(tensors[name].shape) if name in tensors else "missing"
+        ours = tuple(own[name].shape) if name in own else "missing"
+        if theirs != ours:
+            raise UserError(f"{path} does not fit: {name} is {theirs} there and {ours} here; it "
+                            "must be a plain ViT, whose sizes are left to the file")
+    heads = vision.blocks[0].attn.heads
+    if meta.get("heads", str(heads)) != str(heads):
+        raise UserError(f"{path} has {meta['heads']} heads, not {heads}: leave out --heads")
+    vision.load_state_dict(tensors)
+    print0(f"encoder from {path}: width {patches.shape[2]}, {len(vision.blocks)} blocks, "
+           f"{heads} heads")
+    for name in ("mean", "std"):
+        here = getattr(vision, name).flatten()
+        if name in meta and (torch.tensor(json.loads(meta[name])) - here).abs().max() > 1e-3:
+            print0(f"warning: {path} normalized its images by {name} {meta[name]}, "
+                   f"here it is {here.tolist()}")
+
+
+def checkpoint_of(path, method):
+    """The checkpoint at `path` if it is one of this method, else None."""
+    try:
+        state = common.read_checkpoint(path)
+    except (ValueError, OSError):
+        return None
+    return state if state["method"] == method else None
+
+
+def fields_from_init(path, Config, given):
+    """Config fields that the file of --init decides; UserError where a flag says otherwise."""
+    state = checkpoint_of(path, Config.method)
+    if state is not None:
+        sizes = {name: state["config"][name] for name in Config.model_fields}
+    else:
+        tensors, meta = read_encoder(path)
+        sizes = encoder_sizes(tensors, meta)
+        if "heads" in given and "heads" not in meta:
+            sizes["heads"] = given["heads"]
+        if sizes["heads"] is None:
+            raise UserError(f"--init {path} does not say how many heads a width of {sizes['dim']} "
+                            "has: give --heads")
+    for name, value in sizes.items():
+        if name in given and given[name] != value:
+            raise UserError(f"{common.flag(name)} {given[name]}: {path} has {value}; "
+                            "leave the flag out")
+    return sizes
+
+
+def init_model(cfg, model):
+    """Start from cfg.init: all weights of the same method, or an encoder; -> vocabulary or None."""
+    state = checkpoint_of(cfg.init, cfg.method)
+    if state is None:
+        init_encoder(model.vision, cfg.init)
+        if hasattr(model, "update_ema"):
+            model.update_ema(0)  # a teacher starts where its student does
+        return None
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        reason = str(error).partition("\n\t")[2].partition("\n")[0]
+        raise UserError(f"--init {cfg.init} does not fit ({reason}): leave the sizes to the file")
+    print0(f"weights and vocabulary from {cfg.init}, step {state['step']}")
+    return state["vocab"]
+
+
+def write_safetensors(path, tensors, meta):
+    """The format read_safetensors reads: header length, JSON header, float32 tensors."""
+    header = {"__metadata__": meta}
+    start = 0
+    for name, x in tensors.items():
+        stop = start + 4 * x.numel()
+        header[name] = {"dtype": "F32", "shape": list(x.shape), "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as f:
+        f.write(len(text).to_bytes(8, "little"))
+        f.write(text)
+        for x in tensors.values():
+            f.write(x.cpu().numpy().astype("<f4").tobytes())
+
+
+def export(vision, path, method, checkpoint):
+    """A ViT under timm's names, in float32, to FILE.safetensors or FILE.pt -> its metadata.
+
+    timm's models with mean pooling need fc_norm=False: ours pools after the final norm.
+    """
+    meta = {
+        "format": "pt",
+        "method": method,
+        "checkpoint": checkpoint,
+        "image_size": str(vision.image_size),
+        "patch": str(vision.patch),
+        "heads": str(vision.blocks[0].attn.heads),
+        "pooling": "avg",
+        "mean": json.dumps([round(v, 6) for v in vision.mean.flatten().tolist()]),
+        "std": json.dumps([round(v, 6) for v in vision.std.flatten().tolist()]),
+    }
+    tensors = {}
+    for name, x in vision.state_dict().items():
+        tensors[name] = x.detach().float().contiguous()
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    if path.endswith(".pt"):
+        torch.save({"model": tensors, "metadata": meta}, path)
+    else:
+        write_safetensors(path, tensors, meta)
+    return meta
+
+
+# ---- trained heads ----
+# task(model, tokenizer, paths, cfg, device, args) -> [(metric, value, n)]. A head is a module with
+# `vision`, forward and loss(batch). It starts from a copy of the model's encoder and is trained,
+# encoder included, on the training part beside the held-out shards.
+# Departure from MAE's fine-tuning: no mixup, cutmix, RandAugment, erasing or stochastic depth.
+
+@dataclass
+class Recipe:
+    """How an encoder and its head are trained. The defaults are MAE's for fine-tuning ViT-B."""
+    epochs: float = 100  # MAE
+    batch: int = 1024  # MAE; at most an eighth of the training images (ours)
+    lr: float = 2e-3  # MAE: 5e-4 for 256 images, so this for 1024; not scaled with --batch
+    min_lr: float = 1e-6  # MAE
+    warmup: float = 0.05  # MAE: 5 of 100 epochs
+    wd: float = 0.05  # MAE
+    layer_decay: float = 0.65  # MAE: rate of a layer over that of the layer above
+    min_area: float = 0.08  # MAE: of the random resized crop, as a share of the image
+    frozen: bool = False  # train the head alone
+    percent: float = 100.0  # of the training images
+    seed: int = 0  # ours
+
+
+RECIPES = {
+    "finetune": Recipe(),
+    # rate, batch and length of a public run of MAE's ViT-B on ADE20K; the rest is ours
+    "segment": Recipe(epochs=128, batch=16, lr=8e-5, layer_decay=0.8, min_area=0.25),
+    # ours, near ViTDet's
+    "detect": Recipe(epochs=100, batch=64, lr=1e-4, layer_decay=0.7, wd=0.1, min_area=0.25),
+    # ALBEF's, but for the rate
+    "vqa": Recipe(epochs=8, batch=256, lr=1e-4, layer_decay=1.0, wd=0.02),
+}
+# toy data and small models: about a minute on two CPU cores (ours)
+TOY_RECIPES = {
+    "finetune": dict(epochs=12, batch=64, lr=3e-3, layer_decay=0.9, min_area=0.5),
+    "segment": dict(epochs=0.9, batch=64, lr=8e-3, layer_decay=1.0, min_area=0.8),
+    "detect": dict(epochs=0.7, batch=64, lr=3e-3, layer_decay=0.9, min_area=0.8),
+    "vqa": dict(epochs=0.9, batch=64, lr=2e-3),
+}
+
+
+def default_values(name):
+    """What the recipes say about a flag, for its help."""
+    values = []
+    for task, recipe in RECIPES.items():
+        values.append(f"{task} {getattr(recipe, name):g}, toy data {TOY_RECIPES[task][name]:g}")
+    return f"[{'; '.join(values)}]"
+
+
+def add_head_arguments(parser):
+    parser.add_argument("--epochs", type=float,
+                        help="passes over the training images; MAE's for finetune, ALBEF's for "
+                             f"vqa, else ours {default_values('epochs')}")
+    parser.add_argument("--batch", type=int,
+                        help="images a step on all ranks, at most an eighth of them; MAE's for "
+                             f"finetune, ALBEF's for vqa, else ours {default_values('batch')}")
+    parser.add_argument("--lr", type=float,
+                        help="highest learning rate, between warm-up and cosine; MAE's for "
+                             "finetune, a public MAE run's for segment, else ours; little data "
+                             f"wants more {default_values('lr')}")
+    parser.add_argument("--percent", type=float,
+                        help="how much of the training images to use, of each class alike [100]")
+    parser.add_argument("--frozen", action="store_true", default=None,
+                        help="train the head alone and leave the encoder as it is")
+
+
+def recipe_for(task, args):
+    """The Recipe of a task, changed for the toy data if there are no --data, then by the flags."""
+    recipe = RECIPES[task]
+    if args.data is None:
+        recipe = replace(recipe, **TOY_RECIPES[task])
+    for name in ("epochs", "batch", "lr", "percent", "frozen", "seed"):
+        if getattr(args, name, None) is not None:
+            recipe = replace(recipe, **{name: getattr(args, name)})
+    for name in ("epochs", "batch", "lr", "percent"):
+        if not 0 < getattr(recipe, name) < math.inf:
+            raise UserError(f"--{name} {getattr(recipe, name)}: give a number above 0")
+    if recipe.percent > 100:
+        raise UserError(f"--percent {recipe.percent}: 100 is all of the training images")
+    return recipe
+
+
+# -- training --
+
+def read_records(index, read):
+    """read(sample) of every sample, in order; None where it raises data.Skip."""
+    values = []
+    for i in progress(range(len(index)), "reading records", len(index)):
+        try:
+            values.append(read(index[i]))
+        except data.Skip:
+            values.append(None)
+    return values
+
+
+def training_subset(index, percent, seed):
+    """A Subset of an index: `percent` of each class, at least one sample, drawn with the seed.
+
+    Samples without a class are a class of their own.
+    """
+    if percent == 100:
+        return torch.utils.data.Subset(index, range(len(index)))
+    labels = read_records(index, data.Sample.label)
+    sizes = collections.Counter(labels)
+    taken = collections.Counter()
+    numbers = []
+    for i in common.rng(common.Stream.HEAD, seed, 0).permutation(len(index)).tolist():
+        if taken[labels[i]] < percent * sizes[labels[i]] / 100:
+            taken[labels[i]] += 1
+            numbers.append(i)
+    return torch.utils.data.Subset(index, sorted(numbers))
+
+
+def open_parts(task, paths, recipe):
+    """-> Subset of the training part beside the held-out shards, Index of these."""
+    train_paths = training_shards(paths)
+    if not train_paths:
+        folder = os.path.dirname(os.path.abspath(paths[0]))
+        raise UserError(f"{task} also needs training shards, and there are none beside {paths[0]}: "
+                        f"put train-*.tar into {folder}")
+    train = training_subset(data.open_index(train_paths), recipe.percent, recipe.seed)
+    return train, data.open_index(paths, "test")
+
+
+def layer_number(name, depth):
+    """Layer of a head's parameter: 0 = embeddings, i + 1 = block i, depth + 1 = what follows."""
+    if name.startswith(("vision.cls_token", "vision.pos_embed", "vision.patch_embed")):
+        return 0
+    if name.startswith("vision.blocks."):
+        return int(name.split(".")[2]) + 1
+    return depth + 1
+
+
+def layerwise_groups(head, recipe):
+    """Parameter groups with "lr_scale", which falls from the top layer to the embeddings (MAE).
+
+    No weight decay of vectors, class token and positions.
+    """
+    depth = len(head.vision.blocks)
+    groups = {}  # (lr_scale, weight decay): parameters
+    for name, p in head.named_parameters():
+        if not p.requires_grad:
+            continue
+        lr_scale = recipe.layer_decay ** (depth + 1 - layer_number(name, depth))
+        wd = recipe.wd
+        if p.ndim < 2 or name in ("vision.cls_token", "vision.pos_embed"):
+            wd = 0.0
+        groups.setdefault((lr_scale, wd), []).append(p)
+    return [{"params": params, "lr_scale": lr_scale, "weight_decay": wd}
+            for (lr_scale, wd), params in groups.items()]
+
+
+def batch_size(batch, n):
+    """The recipe's batch, at most an eighth of n images, such that 2, 4 or 8 ranks share it."""
+    batch = max(1, min(batch, n // 8))
+    if batch > 8:
+        batch -= batch % 8
+    return math.ceil(batch / world_size()) * world_size()
+
+
+def train_head(head, train, example, recipe, cfg, device, task):
+    """Train a head in place: AdamW, linear warm-up, half a cosine.
+
+    train: a Subset of an Index. example(sample, rng) -> {name: array}. Ranks share the rows of a
+    step and end with the same weights.
+    """
+    n_rows = batch_size(recipe.batch, len(train))
+    steps = max(1, round(recipe.epochs * len(train) / n_rows))
+    warmup = round(recipe.warmup * steps)
+    order = data.ShuffledOrder([0, len(train)], n_rows, recipe.seed)
+    rows = data.TrainingSet(train, order, example)
+    dataset = data.BatchDataset([rows], n_rows, rank(), world_size())
+    batches = data.loader(dataset, 0, steps, None, device)
+
+    head.to(device).train()
+    head.vision.requires_grad_(not recipe.frozen)
+    optimizer = torch.optim.AdamW(layerwise_groups(head, recipe), betas=(0.9, 0.999))
+    skipped = torch.zeros(len(data.REASONS), dtype=torch.long)
+    print0(f"{task}: {len(train):,} training images, {steps:,} steps of {n_rows}, lr {recipe.lr:g}")
+    for step, batch in enumerate(progress(batches, f"{task}, training steps", steps)):
+        lr = recipe.min_lr + common.cosine_lr(step, steps, warmup, recipe.lr - recipe.min_lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        with common.autocast(cfg.precision, device):
+            loss = head.loss(batch)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        common.average_gradients(head.parameters())
+        optimizer.step()
+        skipped += batch["skipped"]
+    head.eval()
+    check_training(task, loss, skipped)
+
+
+def check_training(task, loss, skipped):
+    """Say what was skipped; UserError if the last loss is not finite on all ranks."""
+    counts = common.all_reduce_sum(skipped).tolist()
+    reasons = [f"{n} {reason}" for reason, n in zip(data.REASONS, counts) if n]
+    if reasons:
+        print0(f"{task}: training samples skipped: {', '.join(reasons)}")
+    if not common.all_reduce_sum(loss).isfinite():
+        raise UserError(f"{task}: the loss is no longer finite after training: try a lower --lr")
+
+
+def random_view(sample, rng, size, min_area):
+    """A random resized crop, mirrored half of the time.
+
+    -> uint8 (3, size, size), box of the crop (x, y, w, h), is it mirrored?, size of the image.
+    """
+    image = sample.image()
+    box = data.random_box(rng, *image.size, min_area)
+    flip = rng.random() < 0.5
+    return data.crop(image, box, size, flip), box, flip, image.size
+
+
+def whole_view(vision):
+    """The view where places matter: both sides to the encoder's size, nothing cut off."""
+    return functools.partial(data.resize_and_crop, size=vision.image_size, full=1.0)
+
+
+def check_evaluated(n, index):
+    if n == 0:
+        raise UserError(f"none of the {len(index)} samples of {index.paths[0]} ... can be "
+                        "evaluated: python data.py check lists what is wrong")
+
+
+def spread_samples(index, n, read):
+    """[(PIL image, read(sample))] of at most n samples spread over an index, for a picture."""
+    samples = []
+    for i in np.linspace(0, len(index) - 1, min(n, len(index))).astype(int).tolist():
+        try:
+            sample = index[i]
+            samples.append((sample.image(), read(sample)))
+        except data.Skip:
+            continue
+    return samples
+
+
+def write_sheet(task, cells, args, title):
+    """The picture of a head: TASK.png in --out."""
+    folder = args.out or f"runs/{task}"
+    path = os.path.join(folder, f"{task}.png")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        sheet(cells, path, 6, title, 190)
+        print0(f"pictures: {path}")
+    except OSError as error:  # the results are still to come
+        print0(f"warning: {path} was not written ({error.strerror})")
+
+
+# -- classes --
+
+class Classifier(nn.Module):
+    """MAE's: mean of the patch tokens, a norm in place of the encoder's last, a linear layer."""
+
+    def __init__(self, vision, classes):
+        super().__init__()
+        self.vision = vision
+        dim = vision.pos_embed.shape[2]
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.head = nn.Linear(dim, classes)
+        nn.init.trunc_normal_(self.head.weight, std=2e-5)  # MAE
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images):  # (B, 3, S, S) -> (B, C)
+        x = self.vision.blocks_until(images, len(self.vision.blocks))
+        patches = x[:, -self.vision.grid**2:]  # without the class token
+        return self.head(self.norm(patches.mean(1)))
+
+    def loss(self, batch):
+        logits = common.at_least_float32(self(batch["images"]))
+        return F.cross_entropy(logits, batch["label"], label_smoothing=0.1)  # MAE
+
+
+def class_example(sample, rng, size, min_area, names, paths):
+    label = sample.label()
+    check_labels(label, names, paths)
+    view, _, _, _ = random_view(sample, rng, size, min_area)
+    return {"images": view, "label": np.int64(label)}
+
+
+def finetune(model, tokenizer, paths, cfg, device, args):
+    """Accuracy after fine-tuning encoder and classifier; classes of unseen.txt are left out."""
+    recipe = recipe_for("finetune", args)
+    names = class_names(paths)
+    train, test = open_parts("finetune", paths, recipe)
+    check_held_out_classes(test, names, paths)
+
+    torch.manual_seed(recipe.seed)
+    head = Classifier(copy.deepcopy(model.vision), len(names))
+    example = functools.partial(class_example, size=model.vision.image_size,
+                                min_area=recipe.min_area, names=names, paths=train.dataset.paths)
+    train_head(head, train, example, recipe, cfg, device, "finetune")
+    known = ~unseen_classes(paths, names)
+    return evaluate_classifier(head, test, known, model.held_out_view, cfg, device)
+
+
+def check_held_out_classes(index, names, paths):
+    """Before training: UserError where held-out labels have no names, or none can be learned."""
+    labels = [label for label in read_records(index, data.Sample.label) if label is not None]
+    if labels:
+        check_labels(torch.tensor(labels), names, paths)
+    if not labels or unseen_classes(paths, names)[labels].all():
+        raise UserError(f"no sample of {paths[0]} ... has a class (KEY.cls) that can be learned: "
+                        "give labelled shards")
+
+
+def evaluate_classifier(head, index, known, view, cfg, device):
+    """Accuracy on held-out images of classes that are known (C,); _majority: of one answer."""
+    predicted = []
+    labels = []
+    for images, values, _ in iter_images(index, view, data.Sample.label):
+        predicted += in_batches(head, cfg, device, images).argmax(1).tolist()
+        labels += values
+    rows = all_gather_rows(torch.tensor([predicted, labels], dtype=torch.long).T)
+    predicted, labels = rows[known[rows[:, 1]]].T
+    check_evaluated(len(labels), index)
+    majority = int(labels.bincount().max()) / len(labels)
+    rows = top1_and_per_class("finetune", predicted, labels)
+    return [*rows, ("finetune_majority", majority, len(labels))]
+
+
+# -- masks --
+
+class Segmenter(nn.Module):
+    """A linear layer on each patch token; its logits are resized, bilinear, to the pixels."""
+
+    def __init__(self, vision, classes):
+        super().__init__()
+        self.vision = vision
+        self.head = nn.Linear(vision.pos_embed.shape[2], classes)
+
+    def forward(self, images):  # (B, 3, S, S) -> (B, C, g, g), a row and a column for each patch
+        x = self.head(self.vision.patch_tokens(images))
+        return x.transpose(1, 2).unflatten(2, (self.vision.grid, self.vision.grid))
+
+    def loss(self, batch):
+        """Mean cross-entropy over the labelled pixels of all ranks; this rank's share of it."""
+        mask = batch["mask"].long()  # (B, S, S), 0 = unlabeled
+        logits = common.at_least_float32(self(batch["images"]))
+        logits = F.interpolate(logits, mask.shape[1:], mode="bilinear")
+        n_labelled = common.all_reduce_sum((mask > 0).sum()).clamp(min=1)
+        loss = F.cross_entropy(logits, mask, ignore_index=0, reduction="sum")
+        return loss * world_size() / n_labelled
+
+
+def crop_mask(mask, box, size, flip):
+    """What data.crop does to an image, done to its mask (H, W) -> (size, size), nearest pixels."""
+    x, y, w, h = box
+    centers = (np.arange(size) + 0.5) / size
+    rows = (y + centers * h).astype(int)
+    columns = (x + centers * w).astype(int)
+    if flip:
+        columns = columns[::-1]
+    return mask[rows][:, columns]
+
+
+def mask_example(sample, rng, size, min_area, classes):
+    mask = sample.mask()
+    check_mask_class(int(mask.max()), classes, f"the mask of {sample.key}")
+    view, box, flip, _ = random_view(sample, rng, size, min_area)
+    return {"images": view, "mask": crop_mask(mask, box, size, flip)}
+
+
+def check_mask_class(largest, classes, place):
+    if largest >= classes:
+        raise UserError(f"class {largest} in {place}, but only {classes} names in classes.txt, of "
+                        "which the first is that of 0, unlabeled: add the missing lines")
+
+
+def largest_class(sample):
+    return int(sample.mask().max())
+
+
+def count_mask_classes(train, test, paths):
+    """Lines of classes.txt, else one more than the largest class in a mask; 0, unlabeled, counts.
+
+    UserError before training where the held-out masks do not fit.
+    """
+    largest = max(filter(None, read_records(test, largest_class)), default=0)
+    if largest == 0:
+        raise UserError(f"no mask (KEY.seg.png) of {paths[0]} ... labels a pixel: segment needs "
+                        "masks as large as their images")
+    names = data.read_lines_near(paths, "classes.txt", "classnames.txt")
+    if names is None:
+        return 1 + max(filter(None, read_records(train, largest_class)), default=largest)
+    check_mask_class(largest, len(names), f"the masks of {paths[0]} ...")
+    return len(names)
+
+
+def segment(model, tokenizer, paths, cfg, device, args):
+    """Mean IoU and pixel accuracy of a linear head on the patch tokens."""
+    recipe = recipe_for("segment", args)
+    train, test = open_parts("segment", paths, recipe)
+    classes = count_mask_classes(train, test, paths)
+
+    torch.manual_seed(recipe.seed)
+    head = Segmenter(copy.deepcopy(model.vision), classes)
+    example = functools.partial(mask_example, size=model.vision.image_size,
+                                min_area=recipe.min_area, classes=classes)
+    train_head(head, train, example, recipe, cfg, device, "segment")
+    if rank() == 0:
+        draw_masks(head, test, cfg, device, args)
+    return evaluate_segmenter(head, test, classes, cfg, device)
+
+
+def predict_mask(logits, shape):
+    """Logits (C, g, g) of one image -> the best class of each pixel (H, W), never 0, unlabeled."""
+    logits = F.interpolate(logits[None, 1:], shape, mode="bilinear")
+    return 1 + logits[0].argmax(0)
+
+
+def evaluate_segmenter(head, index, classes, cfg, device):
+    """Mean IoU (n = classes present) and pixel accuracy at the size of the stored masks.
+
+    _majority: the most frequent held-out class everywhere.
+    """
+    counts = torch.zeros(classes, classes, dtype=torch.long)
+    view = whole_view(head.vision)
+    for images, masks, _ in iter_images(index, view, data.Sample.mask, block=256):
+        for logits, mask in zip(in_batches(head, cfg, device, images), masks):
+            counts += confusion(predict_mask(logits, mask.shape), torch.from_numpy(mask), classes)
+    counts = common.all_reduce_sum(counts)
+    n_pixels = int(counts.sum())
+    check_evaluated(n_pixels, index)
+    constant = torch.zeros_like(counts)
+    constant[:, counts.sum(1).argmax()] = counts.sum(1)
+    rows = []
+    for suffix, table in (("", counts), ("_majority", constant)):
+        rows.append((f"miou{suffix}", *iou_of_counts(table)))
+        rows.append((f"pixel_accuracy{suffix}", int(table.diag().sum()) / n_pixels, n_pixels))
+    return rows
+
+
+def draw_masks(head, index, cfg, device, args):
+    cells = []
+    for image, mask in spread_samples(index, 12, data.Sample.mask):
+        view = torch.tensor(whole_view(head.vision)(image))
+        logits, = in_batches(head, cfg, device, view[None])
+        predicted = predict_mask(logits, mask.shape).numpy()
+        cells.append((overlay(image, []), "", None))
+        cells.append((overlay(image, mask), "truth", None))
+        cells.append((overlay(image, predicted * (mask > 0)), "predicted", None))
+    title = "Held-out images, their masks, and the classes predicted where they are labelled"
+    write_sheet("segment", cells, args, title)
+
+
+# -- boxes --
+
+class Detector(nn.Module):
+    """FCOS (arXiv 1904.01355) at one scale: each patch predicts classes, the distances from its
+    center to the four sides of a box, and center-ness, how near it is to the middle of the box."""
+
+    def __init__(self, vision, classes):
+        super().__init__()
+        dim = vision.pos_embed.shape[2]
+        self.vision = vision
+        self.classes = classes
+        self.tower = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1) for _ in range(2))
+        self.out = nn.Linear(dim, classes + 5)
+        nn.init.normal_(self.out.weight, std=0.01)
+        nn.init.zeros_(self.out.bias)
+        self.out.bias.data[:classes] = -math.log(99)  # focal loss: at first each class has 1 %
+
+    def forward(self, images):
+        """(B, 3, S, S) -> class logits (B, N, C), boxes (B, N, 4), center-ness logits (B, N).
+
+        Boxes are left, top, right, bottom in pixels of the view.
+        """
+        grid = self.vision.grid
+        patch = self.vision.patch
+        x = self.vision.patch_tokens(images).transpose(1, 2).unflatten(2, (grid, grid))
+        for conv in self.tower:
+            x = F.gelu(conv(x))
+        x = common.at_least_float32(self.out(x.flatten(2).transpose(1, 2)))  # (B, N, C + 5)
+        logits, distances, centerness = x.split([self.classes, 4, 1], 2)
+        distances = patch * distances.clamp(max=8).exp()
+        centers = patch_centers(grid, patch).to(x)
+        boxes = torch.cat([centers - distances[..., :2], centers + distances[..., 2:]], 2)
+        return logits, boxes, centerness[..., 0]
+
+    def loss(self, batch):
+        """FCOS's three terms, means over the positive patches of all ranks; this rank's share.
+
+        batch: images; label (B, N), -1 where a patch is not positive; box (B, N, 4).
+        """
+        logits, boxes, centerness = self(batch["images"])
+        positive = batch["label"] >= 0
+        n_positive = common.all_reduce_sum(positive.sum()).clamp(min=1)
+
+        # classes: focal loss at every patch
+        target = F.one_hot(batch["label"].clamp(min=0), self.classes) * positive[..., None]
+        class_loss = focal_loss(logits, target.to(logits.dtype)).sum() / n_positive
+
+        # boxes: generalized IoU, weighted by center-ness
+        centers = patch_centers(self.vision.grid, self.vision.patch).to(boxes)
+        weight = true_centerness(centers, batch["box"]) * positive
+        total_weight = common.all_reduce_sum(weight.sum()).clamp(min=1e-3)
+        box_loss = ((1 - generalized_iou(boxes, batch["box"])) * weight).sum() / total_weight
+
+        # center-ness, at positive patches
+        error = F.binary_cross_entropy_with_logits(centerness, weight, reduction="none")
+        center_loss = (error * positive).sum() / n_positive
+        return world_size() * (class_loss + box_loss + center_loss)
+
+
+def patch_centers(grid, patch):
+    """(N, 2): x, y of the centers of the patches in pixels, row by row."""
+    at = (torch.arange(grid) + 0.5) * patch
+    return torch.stack([at.repeat(grid), at.repeat_interleave(grid)], 1)
+
+
+def focal_loss(logits, target):
+    """Focal loss (arXiv 1708.02002) with gamma 2 and alpha 0.25, elementwise."""
+    p = logits.sigmoid()
+    loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    return loss * (target * 0.25 * (1 - p)**2 + (1 - target) * 0.75 * p**2)
+
+
+def true_centerness(centers, boxes):
+    """FCOS Eq. 3: 1 in the middle of a box, 0 at its border and outside.
+
+    centers (N, 2), boxes (B, N, 4) as left, top, right, bottom -> (B, N)
+    """
+    to_low = centers - boxes[..., :2]  # (B, N, 2): to the left side, to the top
+    to_high = boxes[..., 2:] - centers
+    ratio = torch.minimum(to_low, to_high) / torch.maximum(to_low, to_high).clamp(min=1e-6)
+    return ratio.clamp(min=0).prod(2).sqrt()
+
+
+def generalized_iou(a, b):
+    """arXiv 1902.09630, of boxes (..., 4) as left, top, right, bottom -> (...), in -1 .. 1."""
+    def area(low, high):
+        return (high - low).clamp(min=0).prod(-1)
+
+    a_low, a_high = a.split(2, -1)
+    b_low, b_high = b.split(2, -1)
+    intersection = area(torch.maximum(a_low, b_low), torch.minimum(a_high, b_high))
+    hull = area(torch.minimum(a_low, b_low), torch.maximum(a_high, b_high))
+    union = area(a_low, a_high) + area(b_low, b_high) - intersection
+    return intersection / union.clamp(min=1e-6) - (hull - union) / hull.clamp(min=1e-6)
+
+
+Box = collections.namedtuple("Box", "x y w h name crowd")
+
+
+def read_boxes(sample, width, height):
+    """[Box] in pixels of the image; the class is a box's "name", else its text."""
+    boxes = []
+    for x, y, w, h, text, name, crowd in sample.boxes(width, height, "name", "iscrowd"):
+        boxes.append(Box(x, y, w, h, name if isinstance(name, str) else text, bool(crowd)))
+    return boxes
+
+
+def boxes_in_view(boxes, crop, size, flip):
+    """[Box] of an image -> (K, 4) left, top, right, bottom in pixels of a view of its crop."""
+    x, y, w, h = crop
+    corners = np.array([(b.x, b.y, b.x + b.w, b.y + b.h) for b in boxes]).reshape(-1, 4)
+    corners = (corners - [x, y, x, y]) * size / [w, h, w, h]
+    if flip:
+        corners[:, [0, 2]] = size - corners[:, [2, 0]]
+    return corners
+
+
+def assign_boxes(boxes, labels, grid, patch):
+    """FCOS's targets: boxes (K, 4) as left, top, right, bottom in pixels, labels (K,) -> label of
+    each patch (N,), -1 = none, and its box (N, 4).
+
+    A patch is positive for a box that holds its center, within 1.5 patches of the middle of the
+    box; of several, for the smallest. The patch that holds the middle of a box always is (ours: no
+    patch would learn small boxes otherwise; such a box is widened to hold the patch's center).
+    """
+    centers = patch_centers(grid, patch).numpy()
+    patch_label = np.full(len(centers), -1)
+    patch_box = np.zeros((len(centers), 4), np.float32)
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    for k in np.argsort(-areas, kind="stable"):  # the smallest last: it overwrites larger ones
+        low, high = np.split(boxes[k], 2)
+        middle = (low + high) / 2
+        reach = np.minimum((high - low) / 2, 1.5 * patch)
+        positive = (np.abs(centers - middle) <= reach).all(1)
+        column, row = (middle // patch).clip(0, grid - 1).astype(int)
+        positive[row * grid + column] = True
+        patch_label[positive] = labels[k]
+        patch_box[positive, :2] = np.minimum(low, centers[positive] - 1)
+        patch_box[positive, 2:] = np.maximum(high, centers[positive] + 1)
+    return patch_label, patch_box
+
+
+def box_example(sample, rng, size, min_area, labels, grid):
+    """A crop keeps the boxes whose middle it holds, but no crowds. labels: {class name: number}."""
+    view, crop, flip, image_size = random_view(sample, rng, size, min_area)
+    boxes = [box for box in read_boxes(sample, *image_size) if not box.crowd]
+    corners = boxes_in_view(boxes, crop, size, flip)
+    middles = (corners[:, :2] + corners[:, 2:]) / 2
+    inside = ((0 < middles) & (middles < size)).all(1)
+    box_labels = np.array([labels[box.name] for box in boxes], int)[inside]
+    label, box = assign_boxes(corners[inside].clip(0, size), box_labels, grid, size // grid)
+    return {"images": view, "label": label, "box": box}
+
+
+def detect(model, tokenizer, paths, cfg, device, args):
+    """Box AP of a single-scale detector on the patch tokens."""
+    recipe = recipe_for("detect", args)
+    train, test = open_parts("detect", paths, recipe)
+    trained = images_with_class(train)
+    held_out = images_with_class(test)
+    if not trained or not held_out:
+        raise UserError(f"no boxes in the json of {paths[0]} ... or of the training shards beside "
+                        "it: detect needs \"boxes\" or \"segments\" in both")
+    names = sorted(trained) + sorted(held_out.keys() - trained.keys())
+    labels = {name: i for i, name in enumerate(names)}
+
+    torch.manual_seed(recipe.seed)
+    head = Detector(copy.deepcopy(model.vision), len(trained))
+    example = functools.partial(box_example, size=model.vision.image_size, labels=labels,
+                                min_area=recipe.min_area, grid=model.vision.grid)
+    train_head(head, train, example, recipe, cfg, device, "detect")
+    if rank() == 0:
+        draw_detections(head, test, labels, cfg, device, args)
+    train_images = {labels[name]: n for name, n in trained.items()}
+    return evaluate_detector(head, test, labels, train_images, cfg, device)
+
+
+def box_names(sample):
+    """Classes of an image's boxes; the image's size does not matter, so it is not decoded."""
+    return {box.name for box in read_boxes(sample, math.inf, math.inf)}
+
+
+def images_with_class(index):
+    """{class name: number of images with a box of it}"""
+    counts = collections.Counter()
+    for names in read_records(index, box_names):
+        counts.update(names or ())
+    return counts
+
+
+def nms(boxes, scores, classes, threshold=0.6, most=100):
+    """Non-maximum suppression within each class, with FCOS's numbers -> rows kept, best first.
+
+    A box is dropped if a better one that is kept overlaps it by more than the threshold. Arrays:
+    boxes (K, 4) x, y, w, h; scores (K,); classes (K,).
+    """
+    order = (-scores).argsort(kind="stable")
+    kept = []
+    while len(order) and len(kept) < most:
+        best = order[0]
+        rest = order[1:]
+        kept.append(int(best))
+        overlap = box_iou(boxes[best][None], boxes[rest])[0]
+        order = rest[(overlap <= threshold) | (classes[rest] != classes[best])]
+    return kept
+
+
+def decode_boxes(logits, boxes, centerness, size):
+    """What a Detector predicts for one image -> (K, 6): class, x, y, w, h, score, best first.
+
+    FCOS's: score = sqrt(class probability * center-ness), of all classes of at least 0.05; the best
+    1000 enter nms.
+    """
+    probability = logits.sigmoid()
+    patch, label = (probability >= 0.05).nonzero().T
+    score = (probability[patch, label] * centerness.sigmoid()[patch]).sqrt()
+    best = score.argsort(descending=True, stable=True)[:1000]
+    low, high = boxes[patch[best]].clamp(0, size).split(2, 1)
+    rows = torch.cat([label[best, None], low, high - low, score[best, None]], 1).double()
+    return rows[nms(rows[:, 1:5].numpy(), rows[:, 5].numpy(), rows[:, 0].numpy())]
+
+
+@torch.no_grad()
+def predict_boxes(head, images, cfg, device):
+    """decode_boxes() of each of images (n, 3, S, S)."""
+    predictions = []
+    for batch in images.split(256):
+        with common.autocast(cfg.precision, device):
+            logits, boxes, centerness = head(batch.to(device))
+        for outputs in zip(logits.cpu(), boxes.cpu(), centerness.cpu()):
+            predictions.append(decode_boxes(*outputs, head.vision.image_size))
+    return predictions
+
+
+def true_boxes(sample, labels, size):
+    """(M, 6): class, x, y, w, h in pixels of the whole view, crowd; an image may have no box."""
+    width, height = sample.image().size
+    try:
+        boxes = read_boxes(sample, width, height)
+    except data.Skip:
+        boxes = []
+    corners = boxes_in_view(boxes, (0, 0, width, height), size, flip=False)
+    low, high = torch.from_numpy(corners).split(2, 1)
+    label = torch.tensor([labels[box.name] for box in boxes])
+    crowd = torch.tensor([box.crowd for box in boxes])
+    return torch.cat([label[:, None], low, high - low, crowd[:, None]], 1)
+
+
+def evaluate_detector(head, index, labels, train_images, cfg, device):
+    """Box AP; AP_rare, AP_common, AP_frequent: of classes by their number of training images.
+
+    Boxes are in pixels of the view, in which IoU is what it is in the image. _mean_box: mean_box().
+    """
+    predictions = [torch.zeros(0, 7, dtype=torch.double)]  # image, class, x, y, w, h, score
+    truths = [torch.zeros(0, 7, dtype=torch.double)]  # image, class, x, y, w, h, crowd
+    numbers = []  # of the images
+    read = functools.partial(true_boxes, labels=labels, size=head.vision.image_size)
+    for images, values, ids in iter_images(index, whole_view(head.vision), read):
+        for i, predicted, true in zip(ids, predict_boxes(head, images, cfg, device), values):
+            predictions.append(F.pad(predicted, (1, 0), value=i))
+            truths.append(F.pad(true, (1, 0), value=i))
+        numbers += ids
+    predictions = all_gather_rows(torch.cat(predictions))
+    truths = all_gather_rows(torch.cat(truths))
+    numbers = all_gather_rows(torch.tensor(numbers, dtype=torch.double))
+    check_evaluated(len(truths), index)
+
+    ap = box_ap(predictions, truths, train_images)
+    constant_ap = box_ap(mean_box(truths, numbers), truths)
+    rows = [(metric, value, len(truths)) for metric, value in ap.items()]
+    rows += [(f"{metric}_mean_box", value, len(truths)) for metric, value in constant_ap.items()]
+    return rows
+
+
+def mean_box(truths, numbers):
+    """The mean of all boxes, of the most frequent class, for each image -> (I, 7)."""
+    label = truths[:, 1].mode().values[None]
+    row = torch.cat([label, truths[:, 2:6].mean(0), torch.ones(1)])
+    return torch.cat([numbers[:, None], row.expand(len(numbers), 6)], 1)
+
+
+def box_ap(predictions, truths, train_images=None):
+    """average_precision() of rows (K, 7): image, class, x, y, w, h, score or crowd."""
+    dicts = []
+    for rows, last in ((predictions, "score"), (truths, "iscrowd")):
+        dicts.append([{"image_id": image, "category_id": label, "bbox": box, last: value}
+                      for image, label, *box, value in rows.tolist()])
+    return average_precision(*dicts, train_images)
+
+
+def named_boxes(rows, labels):
+    """Rows (K, 6): class, x, y, w, h, any -> boxes as overlay() takes them."""
+    names = list(labels)
+    boxes = []
+    for label, x, y, w, h, _ in rows.tolist():
+        boxes.append({"x": x, "y": y, "w": w, "h": h, "text": names[int(label)]})
+    return boxes
+
+
+def draw_detections(head, index, labels, cfg, device, args):
+    """True boxes, and predicted ones of a score of at least 0.3, one class at a place."""
+    read = functools.partial(true_boxes, labels=labels, size=head.vision.image_size)
+    cells = []
+    for image, truth in spread_samples(index, 12, read):
+        view = torch.tensor(whole_view(head.vision)(image))
+        predicted, = predict_boxes(head, view[None], cfg, device)
+        predicted = predicted[predicted[:, 5] >= 0.3]
+        one_class = np.zeros(len(predicted))
+        kept = nms(predicted[:, 1:5].numpy(), predicted[:, 5].numpy(), one_class)
+        cells.append((overlay(view, named_boxes(truth, labels)), "truth", None))
+        cells.append((overlay(view, named_boxes(predicted[kept], labels)), "predicted", None))
+    title = "Held-out images: true boxes, and predicted ones of a score of at least 0.3"
+    write_sheet("detect", cells, args, title)
+
+
+# -- questions --
+
+ANSWER_TYPES = ("yes/no", "number", "other")  # VQA v2
+N_ANSWERS = 3129  # usual for VQA v2
+Question = collections.namedtuple("Question", "text answers type")
+
+
+def most_common(values):
+    """The most frequent value, of equally frequent ones the first."""
+    return collections.Counter(values).most_common(1)[0][0]
+
+
+def answer_type(answers):
+    if set(answers) <= {"yes", "no"}:
+        return "yes/no"
+    if all(answer.isdigit() for answer in answers):
+        return "number"
+    return "other"
+
+
+def read_question(record):
+    """{"question", "answers" or "answer", maybe "answer_type"} -> Question; None if malformed."""
+    if not isinstance(record, dict):
+        return None
+    text = record.get("question")
+    answers = record.get("answers")
+    if not isinstance(answers, list) or not answers:
+        answers = [record.get("answer")]
+    answers = [answer for answer in answers if isinstance(answer, str)]
+    if not isinstance(text, str) or not answers:
+        return None
+    kind = record.get("answer_type")
+    if kind not in ANSWER_TYPES:
+        kind = answer_type(answers)
+    return Question(text, answers, kind)
+
+
+def read_questions(sample):
+    """[Question] of a sample. Skip if it has none.
+
+    From "qa" of its record, a list as of VQA v2, or from a caption with "label", which says whether
+    it is true (NLVR); another label is a class, no answer.
+    """
+    records = sample.json.get("qa")
+    if isinstance(records, list):
+        questions = [question for question in map(read_question, records) if question is not None]
+        if questions:
+            return questions
+    label = str(sample.json.get("label")).lower()
+    if label in ("true", "false", "yes", "no"):
+        return [Question(sample.captions()[0], [label], "yes/no")]
+    raise data.Skip("no question")
+
+
+class Fusion(nn.Module):
+    """For encoders without a text path: a question's tokens attend to the image's (ours)."""
+    context = 64  # tokens
+    dim = 128
+    heads = 4
+
+    def __init__(self, vision, vocab):
+        super().__init__()
+        image_dim = vision.pos_embed.shape[2]
+        self.vision = vision
+        self.text = common.TextTransformer(vocab, self.context, self.dim, 1, self.heads,
+                                           causal=False)
+        self.blocks = nn.ModuleList(
+            common.CrossBlock(self.dim, image_dim, self.heads) for _ in range(2))
+        self.norm = nn.LayerNorm(self.dim, eps=1e-6)
+        self.blocks.apply(common.init_weights)
+
+    def fused(self, images, tokens, valid):
+        """(B, 3, S, S), (B, L), (B, L) -> (B, dim): the state at the begin token."""
+        mask = valid[:, None, None, :]
+        x = self.text(tokens, valid)
+        x = common.run_blocks(self.blocks, x, self.vision(images), mask)
+        return self.norm(x)[:, 0]
+
+
+class Answerer(nn.Module):
+    """The state of a question read beside an image, and a linear layer over the answers.
+
+    reader: a module with vision, and fused(images, tokens, valid) -> (B, dim).
+    """
+
+    def __init__(self, reader, dim, answers):
+        super().__init__()
+        self.vision = reader.vision  # first, so that its parameters' names begin with "vision."
+        self.reader = reader
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.head = nn.Linear(dim, answers)
+
+    def forward(self, images, tokens, valid):  # (B, 3, S, S), (B, L), (B, L) -> (B, answers)
+        return self.head(self.norm(self.reader.fused(images, tokens, valid)))
+
+    def loss(self, batch):
+        longest = int(batch["valid"].sum(1).max())  # waits for the device, but questions are short
+        tokens = batch["tokens"][:, :longest]
+        valid = batch["valid"][:, :longest]
+        logits = self(batch["images"], tokens, valid)
+        return F.cross_entropy(common.at_least_float32(logits), batch["answer"])
+
+
+def question_example(sample, rng, view, labels, tokenizer, context):
+    """The whole image, not mirrored, as questions say left and right, and one of its questions.
+
+    labels: {answer: number}. The answer to learn is the one that most humans gave.
+    """
+    known = [q for q in read_questions(sample) if most_common(q.answers) in labels]
+    if not known:
+        raise data.Skip("no question")
+    question = known[int(rng.integers(len(known)))]
+    label = labels[most_common(question.answers)]
+    tokens, valid = tokenizer.pad(question.text, context)
+    return {"images": view(sample.image()), "tokens": tokens, "valid": valid,
+            "answer": np.int64(label)}
+
+
+def all_questions(index):
+    """[Question] of all samples."""
+    questions = []
+    for sample_questions in read_records(index, read_questions):
+        questions += sample_questions or []
+    return questions
+
+
+def vqa(model, tokenizer, paths, cfg, device, args):
+    """VQA accuracy: the most frequent training answers, ranked by the method's own text path
+    (`fused`), or by a small new one where it has none."""
+    recipe = recipe_for("vqa", args)
+    train, test = open_parts("vqa", paths, recipe)
+    questions = all_questions(train)
+    if not questions or not all_questions(test):
+        raise UserError(f"no questions in the json of {paths[0]} ... or of the training shards "
+                        "beside it: vqa needs \"qa\", a list of {question, answers}, or a caption "
+                        "and \"label\", true or false")
+    answers = frequent_answers(questions)
+
+    torch.manual_seed(recipe.seed)
+    reader, tokenizer, context, dim = question_reader(model, tokenizer, questions, cfg)
+    head = Answerer(reader, dim, len(answers))
+    labels = {answer: i for i, answer in enumerate(answers)}
+    example = functools.partial(question_example, view=whole_view(model.vision), labels=labels,
+                                tokenizer=tokenizer, context=context)
+    train_head(head, train, example, recipe, cfg, device, "vqa")
+    answer = functools.partial(answer_questions, head, answers, tokenizer, context, cfg, device)
+    if rank() == 0:
+        draw_answers(answer, test, whole_view(head.vision), args)
+    return evaluate_answers(answer, majority_answers(questions), test, whole_view(head.vision))
+
+
+def frequent_answers(questions):
+    """The N_ANSWERS most frequent answers, of each question the one that most humans gave."""
+    counts = collections.Counter(most_common(q.answers) for q in questions)
+    return [answer for answer, _ in counts.most_common(N_ANSWERS)]
+
+
+def question_reader(model, tokenizer, questions, cfg):
+    """A copy of the model, or a Fusion if the model reads no text beside an image.
+
+    -> module with fused(), tokenizer, context, width of what fused() gives.
+    """
+    if hasattr(model, "fused"):
+        return copy.deepcopy(model), tokenizer, min(cfg.context, Fusion.context), cfg.text_dim
+    tokenizer = data.Tokenizer.train([q.text for q in questions], 4096)
+    reader = Fusion(copy.deepcopy(model.vision), tokenizer.vocab_size)
+    return reader, tokenizer, Fusion.context, Fusion.dim
+
+
+def answer_questions(head, answers, tokenizer, context, cfg, device, images, questions):
+    """images (n, 3, S, S) and n Questions -> n of the answers."""
+    tokens, valid = tokenize(tokenizer, [q.text for q in questions], context)
+    best = in_batches(head, cfg, device, images, tokens, valid).argmax(1)
+    return [answers[i] for i in best.tolist()]
+
+
+def majority_answers(questions):
+    """{type: the most frequent answer to its questions, or to all if there are none}"""
+    guesses = dict.fromkeys(ANSWER_TYPES, most_common(most_common(q.answers) for q in questions))
+    for kind in {q.type for q in questions}:
+        guesses[kind] = most_common(most_common(q.answers) for q in questions if q.type == kind)
+    return guesses
+
+
+def evaluate_answers(answer, guesses, index, view):
+    """VQA accuracy of answer(images, questions) -> [str], of all questions and by type.
+
+    _majority: that of guesses, {type: answer}.
+    """
+    scores = []  # accuracy, accuracy of the guess, number of the type
+    for images, values, _ in iter_images(index, view, read_questions):
+        questions = [q for image_questions in values for q in image_questions]
+        counts = torch.tensor([len(image_questions) for image_questions in values])
+        predicted = answer(images.repeat_interleave(counts, 0), questions)
+        for question, text in zip(questions, predicted):
+            score = vqa_accuracy(text, question.answers)
+            guess_score = vqa_accuracy(guesses[question.type], question.answers)
+            scores.append((score, guess_score, ANSWER_TYPES.index(question.type)))
+    scores = all_gather_rows(torch.tensor(scores, dtype=torch.double).view(-1, 3))
+    check_evaluated(len(scores), index)
+    return answer_rows(scores)
+
+
+def answer_rows(scores):
+    """Rows of evaluate_answers() from (Q, 3): accuracy, that of the guess, number of the type."""
+    groups = {"vqa": scores}
+    for number, kind in enumerate(ANSWER_TYPES):
+        groups[f"vqa_{kind}"] = scores[scores[:, 2] == number]
+    rows = []
+    for metric, group in groups.items():
+        if len(group):
+            rows.append((metric, group[:, 0].mean().item(), len(group)))
+            rows.append((f"{metric}_majority", group[:, 1].mean().item(), len(group)))
+    return rows
+
+
+def draw_answers(answer, index, view, args):
+    cells = []
+    for image, questions in spread_samples(index, 12, read_questions):
+        question = questions[len(cells) % len(questions)]
+        text, = answer(torch.tensor(view(image))[None], [question])
+        right = vqa_accuracy(text, question.answers) >= 0.5
+        cells.append((image, f"{question.text} {text}", "green" if right else "red"))
+    title = "Held-out questions with the answers predicted, framed green where right"
+    write_sheet("vqa", cells, args, title)
+
+
+HEADS = {"finetune": finetune, "segment": segment, "detect": detect, "vqa": vqa}
+
+
+# ---- command line ----
+
+HELP = {
+    "zeroshot": "accuracy by class names in prompts",
+    "retrieval": "recall at 1, 5, 10 between images and captions",
+    "knn": "accuracy of the 20 nearest training images (DINO)",
+    "linear": "accuracy of a linear probe (CLIP's)",
+    "attentive": "accuracy of an attentive probe (LCL's)",
+    "caption": "greedy captions against references, or the class's name in them",
+    "finetune": "train encoder and classifier",
+    "segment": "train encoder and segmentation head",
+    "detect": "train encoder and detector",
+    "vqa": "train encoder and answers to questions",
+    "search": "images nearest to a text, an image, or both",
+    "compare": "all protocols of several checkpoints side by side",
+    "export": "write the encoder under timm's names",
+}
+ON_LABELS = ("zeroshot", "knn", "linear", "attentive", "finetune")  # the others: on captioned pairs
+
+
+def held_out_shards(args, part):
+    """-> what --data says, or that part of the toy data; its held-out shards."""
+    patterns = args.data
+    if patterns is None:
+        patterns = [os.path.join(common.main_process_first(data.make_toy_data), part)]
+    return " ".join(patterns), data.expand(patterns, "test")
+
+
+def as_records(rows, task, split, digest, seed):
+    """[(metric, value, n)] -> what eval.jsonl and compare.json keep of each."""
+    records = []
+    for metric, value, n in rows:
+        if value is not None and not math.isfinite(value):
+            value = None
+        records.append({"metric": metric, "value": value, "n": n, "protocol": task,
+                        "split": split, "checkpoint": digest, "seed": seed})
+    return records
+
+
+def named_random(rows):
+    """The rows of an untrained encoder under names of their own; baselines keep theirs."""
+    renamed = []
+    for metric, value, n in rows:
+        if not metric.endswith(tuple(BASELINES)):
+            metric += "_random"
+        renamed.append((metric, value, n))
+    return renamed
+
+
+def run_protocol(args, device):
+    """One protocol or head on one checkpoint: a line of JSON for each result, then a table."""
+    task = args.command
+    model, tokenizer, cfg, digest = load_model(args.checkpoint, device, args.heads)
+    if not supports(model, task):
+        supported = [name for name in [*PROTOCOLS, *HEADS] if supports(model, name)]
+        raise UserError(f"{task} needs {NEEDS[task]}, which {type(model).__name__} of "
+                        f"{args.checkpoint} does not have: it can do {', '.join(supported)}")
+    split, paths = held_out_shards(args, "labels" if task in ON_LABELS else "pairs")
+    if args.random_init:
+        model = untrained(model, cfg, device, args.seed)
+    if task in HEADS:
+        rows = HEADS[task](model, tokenizer, paths, cfg, device, args)
+    else:
+        rows = PROTOCOLS[task](model, tokenizer, paths, cfg, device)
+    if args.random_init:
+        rows = named_random(rows)
+    records = as_records(rows, task, split, digest, args.seed)
+    for record in records:
+        print0(json.dumps(record))
+    print0(f"{args.checkpoint}, {task} on {split}:\n{table(rows)}")
+    if args.out is not None and rank() == 0:
+        os.makedirs(args.out, exist_ok=True)
+        with open(os.path.join(args.out, "eval.jsonl"), "a") as f:
+            f.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def read_picture(path):
+    """An image file as images in shards are read: RGB, upright."""
+    try:
+        with open(path, "rb") as f:
+            return data.Sample(path, {"jpg": f.read()}).image()
+    except (OSError, data.Skip) as error:
+        raise UserError(f"--image {path} cannot be read ({error}): give a JPEG, PNG or WebP file")
+
+
+def run_search(args, device):
+    """The nearest images: score, file, sample and caption of each, and a sheet."""
+    if args.text is None and args.image is None:
         raise UserError("search needs --text, --image, or both")
-    paths = [p for _, files in data_sets(args, "pairs") for p in files]
-    index = data.open_index(paths)
+    if args.k < 1:
+        raise UserError(f"--k {args.k}: at least one image is needed")
+    picture = None if args.image is None else read_picture(args.image)
+    model, tokenizer, cfg, _ = load_model(args.checkpoint, device, args.heads)
+    if not supports(model, "retrieval") and (args.text is not None or args.minus is not None):
+        raise UserError(f"{type(model).__name__} of {args.checkpoint} reads no text: search by "
+                        "--image alone")
+    _, paths = held_out_shards(args, "pairs")
+    index = data.open_index(paths, "test")
+    found = search(model, tokenizer, index, cfg, device, args.text, picture, args.minus,
+                   args.weights, args.k)
+    query = "" if args.text is None else args.text
+    if args.minus is not None:
+        query += f" minus {args.minus}"
+    cells = [(picture, query, "blue")]
+    for score, number in found:
+        sample = index[number]
+        try:
+            text = read_captions(sample)[0]
+        except data.Skip:
+            text = ""
+        print0(f"{score:7.3f}  {index.place(number)}  {text}")
+        cells.append((sample.image(), f"{score:.3f} {text}", None))
+    if rank() == 0:
+        os.makedirs(args.out, exist_ok=True)
+        sheet(cells, os.path.join(args.out, "search.png"), 7,
+              f"Query (framed) and the nearest of {len(index):,} images")
+    print0(f"pictures: {os.path.join(args.out, 'search.png')}")
+
+
+def run_export(args, device):
+    if not args.out.endswith((".safetensors", ".pt")):
+        raise UserError(f"--out {args.out}: export writes FILE.safetensors or FILE.pt")
+    model, _, _, digest = load_model(args.checkpoint, device, args.heads)
+    if rank() == 0:
+        meta = export(model.vision, args.out, type(model).__name__, digest)
+        print0(f"{args.out}: " + ", ".join(f"{name} {value}" for name, value in meta.items()))
+
+
+def heads_for(paths):
+    """The heads that can be trained on these data, by their first record."""
+    sample = first_sample(data.open_index(paths, "test"))
+    if sample is None or not training_shards(paths):
+        return []
+    tasks = []
+    if sample.has_label() and not sample.has_caption():
+        tasks.append("finetune")
+    if "seg.png" in sample.members:
+        tasks.append("segment")
+    if "boxes" in sample.json or "segments" in sample.json:
+        tasks.append("detect")
+    is_yes_no = str(sample.json.get("label")).lower() in ("true", "false", "yes", "no")  # NLVR
+    if "qa" in sample.json or (is_yes_no and sample.has_caption()):
+        tasks.append("vqa")
+    return tasks
+
+
+def compared_protocols(model, paths, args, out):
+    """{task: protocol} of what a checkpoint can do on a data set, and with --train-heads heads."""
+    tasks = protocols_for(model, paths)
+    if "knn, linear" in tasks:
+        tasks["attentive"] = attentive
+    if args.train_heads:
+        own_args = argparse.Namespace(**vars(args))
+        own_args.out = out  # for the pictures of this checkpoint
+        for task in heads_for(paths):
+            tasks[task] = functools.partial(HEADS[task], args=own_args)
+    return tasks
+
+
+def run_compare(args, device):
+    """All that each checkpoint can do, side by side: compare.md and compare.json in --out."""
+    patterns = args.data
+    if patterns is None:
+        folder = common.main_process_first(data.make_toy_data)
+        patterns = [os.path.join(folder, part) for part in ("pairs", "labels")]
+    titles = {}  # digest of a checkpoint -> title of its column
+    records = []
+    failures = []
     for checkpoint in args.checkpoint:
-        model, tokenizer, cfg, _, store = opened(checkpoint, device, "retrieval" if args.text or args.minus else None)
-        query = dict(text=args.text, image=args.image, minus=args.minus, weights=args.weights, k=args.k)
-        found = search(model, tokenizer, cfg, device, index, store, args.out or "runs/search", **query)
-        print0("\n".join(f"{score:7.3f}  {key}" for score, key in found))
+        model, tokenizer, cfg, digest = load_model(checkpoint, device, args.heads)
+        titles[digest] = column_title(model, checkpoint, digest, titles)
+        for pattern in patterns:
+            paths = data.expand(pattern, "test")
+            tasks = compared_protocols(model, paths, args, os.path.join(args.out, digest))
+            for task, protocol in tasks.items():
+                print0(f"{titles[digest]}: {task} on {pattern}")
+                rows, reason = try_protocol(protocol, model, tokenizer, paths, cfg, device)
+                records += as_records(rows, task, pattern, digest, args.seed)
+                if reason is not None:
+                    failures.append({"protocol": task, "split": pattern, "checkpoint": digest,
+                                     "reason": reason})
+                write_report(args.out, titles, records, failures)  # after each: nothing is lost
+    print0(report(titles, records, failures))
 
 
-def opened(checkpoint, device, task=None):
-    """load(), and the store of its features, which is the checkpoint's folder. UserError if it cannot do the task."""
-    model, tokenizer, cfg, digest = load(checkpoint, device)
-    if task and not able(model, task):
-        raise UserError(f"{checkpoint} is a {type(model).__name__}: it can do {', '.join(t for t in TASKS if able(model, t))}")
-    return model, tokenizer, cfg, digest, Store(os.path.dirname(os.path.abspath(checkpoint)), digest)
+def column_title(model, checkpoint, digest, taken):
+    """Method and folder of a checkpoint, and where that is taken the start of its hash."""
+    folder = os.path.basename(os.path.dirname(os.path.abspath(checkpoint)))
+    title = f"{type(model).__name__} {folder}"
+    return f"{title} {digest[:4]}" if title in taken.values() else title
 
 
-COMMANDS = {**dict.fromkeys(TASKS, measure), "search": find, "compare": compare, "export": export}
-FLAGS = {                                                    # flags of some commands, which no other takes
-    "--epochs": ("finetune segment detect vqa", dict(help="how often each image is seen", type=float)),
-    "--batch": ("finetune segment detect vqa", dict(help="images a step", type=int)),
-    "--lr": ("finetune segment detect vqa", dict(help="rate for 256 images", type=float)),
-    "--percent": ("finetune segment detect vqa", dict(help="how much of the training data [100]", type=float)),
-    "--shots": ("finetune", dict(help="training images of a class [all]", type=int)),
-    "--scale": ("finetune segment detect", dict(help="least area of the random crop", type=float)),
-    "--frozen": ("segment detect vqa", dict(help="train the head alone", action="store_true")),
-    "--heads": ("compare", dict(help="train them, too: finetune, segment, detect, vqa, some minutes each", action="store_true")),
-    "--protocol": ("linear", dict(help="whose probe, clip or mae [clip]", choices=("clip", "mae"), default="clip")),
-    "--text": ("search", dict(help="what the images should show")),
-    "--image": ("search", dict(help="a picture file, alone or together with --text")),
-    "--minus": ("search", dict(help="what they should not show")),
-    "--weights": ("search", dict(help="of image and text [1 2]", nargs=2, type=float, default=(1, 2))),
-    "--k": ("search", dict(help="how many images [20]", type=int, default=20))}
+def report(titles, records, failures):
+    """A Markdown table, a row a metric and a column a checkpoint; then what could not run, and why.
+
+    titles {checkpoint: title}; records as as_records makes them.
+    """
+    values = collections.defaultdict(dict)  # (data, checkpoint) -> {metric: value}
+    for r in records:
+        values[r["split"], r["checkpoint"]][r["metric"]] = r["value"]
+    cells = collections.defaultdict(dict)  # (data, metric, n) -> {checkpoint: text}
+    for r in records:
+        own = values[r["split"], r["checkpoint"]]
+        if not is_baseline(r["metric"], own):
+            text = f"{format_value(r['metric'], r['value'])} {baselines_of(r['metric'], own)}"
+            cells[r["split"], r["metric"], f"{r['n']:,}"][r["checkpoint"]] = text.rstrip()
+    for r in failures:
+        cells[r["split"], r["protocol"], "-"][r["checkpoint"]] = "-"
+    rows = [["data", "metric", "n", *titles.values()], ["---"] * (3 + len(titles))]
+    for key, texts in cells.items():
+        rows.append([*key, *[texts.get(checkpoint, "-") for checkpoint in titles]])
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    for r in failures:
+        lines.append("")
+        lines.append(f"{r['protocol']} on {r['split']}, {titles[r['checkpoint']]}: {r['reason']}")
+    return "\n".join(lines)
+
+
+def write_report(out, titles, records, failures):
+    if rank() == 0:
+        os.makedirs(out, exist_ok=True)
+        with open(os.path.join(out, "compare.md"), "w", encoding="utf-8") as f:
+            f.write(report(titles, records, failures) + "\n")
+        contents = {"checkpoints": titles, "results": records, "failures": failures}
+        with open(os.path.join(out, "compare.json"), "w") as f:
+            json.dump(contents, f, indent=1)
+
+
+def add_command(commands, name, run, nargs=None):
+    """A sub-command -> its parser, with the arguments that all of them have."""
+    parser = commands.add_parser(name, help=HELP[name], description=HELP[name], allow_abbrev=False)
+    parser.set_defaults(run=run, random_init=False)
+    parser.add_argument("checkpoint", nargs=nargs,
+                        help="last.pt of a run, or an encoder file under timm's names")
+    parser.add_argument("--heads", type=int, metavar="N",
+                        help="attention heads of an encoder file that does not say how many")
+    parser.add_argument("--seed", type=int, default=0, help="of new weights and training [0]")
+    return parser
+
+
+def make_parser():
+    parser = common.Parser(description=__doc__, allow_abbrev=False,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    shards = "held-out shards: files, folders, globs [toy data]"
+
+    for name in [*PROTOCOLS, *HEADS]:
+        command = add_command(commands, name, run_protocol)
+        command.add_argument("--data", nargs="+", metavar="PATH", help=shards)
+        command.add_argument("--out", metavar="FOLDER", help="add the results to its eval.jsonl")
+        if name in ("knn", "linear", "attentive", *HEADS):
+            command.add_argument("--random-init", action="store_true",
+                                 help="new weights of the same sizes: what training has to beat")
+        if name in HEADS:
+            add_head_arguments(command)
+
+    command = add_command(commands, "search", run_search)
+    command.add_argument("--data", nargs="+", metavar="PATH", help=shards)
+    command.add_argument("--out", metavar="FOLDER", default="runs/search",
+                         help="folder of search.png [runs/search]")
+    command.add_argument("--text", help="what the images should show")
+    command.add_argument("--image", metavar="FILE", help="a picture that they should resemble")
+    command.add_argument("--minus", metavar="TEXT", help="what they should not show")
+    command.add_argument("--weights", nargs=2, type=float, default=(1, 2), metavar="W",
+                         help="of the picture and of the texts [1 2]")
+    command.add_argument("--k", type=int, default=20, help="how many images [20]")
+
+    command = add_command(commands, "compare", run_compare, nargs="+")
+    command.add_argument("--data", nargs="+", metavar="PATH", help=f"{shards}; each is a data set")
+    command.add_argument("--out", metavar="FOLDER", default="runs/compare",
+                         help="folder of compare.md and compare.json [runs/compare]")
+    command.add_argument("--train-heads", action="store_true",
+                         help="also finetune, segment, detect, vqa: minutes each")
+    add_head_arguments(command)
+
+    command = add_command(commands, "export", run_export)
+    command.add_argument("--out", metavar="FILE", required=True, help=".safetensors or .pt")
+    return parser
 
 
 def main(argv=None):
-    parser = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("task", choices=list(COMMANDS))
-    parser.add_argument("checkpoint", nargs="+")
-    parser.add_argument("--data", nargs="+", help="held-out shards; each of several folders is a data set; none = the built-in world's")
-    parser.add_argument("--out", help="folder for eval.jsonl, to which results are added; for pictures of segment, detect, vqa [runs/TASK]; search "
-                                      "[runs/search], compare [runs/compare]: for what they write; export: the file")
-    for flag, (owner, how) in FLAGS.items():
-        parser.add_argument(flag, **{**how, "help": f"{owner}: {how['help']}"})
-    args = parser.parse_args(argv)
-    for flag, (owner, how) in FLAGS.items():
-        if args.task not in owner.split() and getattr(args, flag[2:]) != parser.get_default(flag[2:]):
-            raise UserError(f"{flag} belongs to {owner}, not to {args.task}")
-    COMMANDS[args.task](args, common.join())
+    args = make_parser().parse_args(argv)
+    args.run(args, common.init_distributed())
 
 
 if __name__ == "__main__":
-    common.guard(main)
+    common.run_command(main)

@@ -1,455 +1,805 @@
-"""LCL (arXiv 2406.07543): a vision encoder learned from interleaved documents, by one causal pass of a small language model over text and images.
+"""LCL (arXiv 2406.07543): a vision encoder learned from interleaved documents, by one causal pass
+of a small language model over text and images.
 
-    python lcl.py                                                # trains on the built-in world's documents, evaluates, draws
-    python lcl.py --docs 'mmc4/*.tar' --size b                   # documents: KEY.json with text_list and image_info, KEY.0.jpg, KEY.1.jpg ...
-    python lcl.py --data 'cc3m/*.tar'                            # pairs, in random order: a pair is a document with one image
-    torchrun --standalone --nproc_per_node 8 lcl.py --docs 'mmc4/*.tar' --data 'cc3m/*.tar' --docs-share 0.5
+    python lcl.py                                  # toy documents: trains, evaluates, draws
+    python lcl.py --docs 'mmc4/*.tar' --size b     # KEY.json (text_list, image_info), KEY.0.jpg ...
+    python lcl.py --data 'cc3m/*.tar' --lr 5e-4    # pairs: a pair is a document with one image
+    torchrun --standalone --nproc_per_node 8 lcl.py --docs 'mmc4/*.tar' --data 'cc3m/*.tar'
 
-The language model should know as much as possible of what comes next. Next token: cross-entropy. Next image: it is picked out of the global
-batch by the state just before it (InfoNCE): predicting its latent instead would let the encoder make all latents the same.
+The states of the language model shall tell as much as possible about what comes next. Next token:
+cross-entropy. Next image: the state at soi, just before its patches, picks it out of the global
+batch (InfoNCE). To predict its tokens by regression instead would let the encoder make all tokens
+equal.
 
-Read Config (what the run is), sequence and pack (documents -> rows), AttentivePool and LCL (the model), contrast, then main.
-Departures: the paper's text was not available to us, the method is that of its released code. (1) ViT, blocks and initial values as everywhere
-here; (2) every sequence starts with the begin token and ends with the end token, the code leaves out one of them in pairs (so here an image
-behind its caption also helps to predict the end); (3) an image with nothing before it is not contrasted, in documents the code does
-(--contrast-empty-context); (4) means over ranks are exact; (5) documents are packed into rows; (6) byte-level BPE.
+Reading order: losses and info_nce (the method), LCL.forward (the model), sequence and pack
+(documents -> rows), main.
 
-Dimension key: B documents of this rank, R rows of L tokens they are packed into, K images, N patches of each, D width, M labels, V vocabulary.
+Departures. Of the paper we had the abstract and tables, not the text. "LCL code" marks values and
+rules of its released code, from which we depart in this:
+- no norm before the ViT's blocks (the code's ln_pre), LayerNorm eps 1e-6 (1e-5), a bias in the
+  patch embedding (none), weight decay on the class token (none); initial sizes of common.py
+- no biases of the pool's keys: softmax cancels them
+- every sequence starts with the begin token and ends with the end token; the code leaves out one
+  of them in pairs. So here an image after its caption also helps to predict the end token
+- an image with nothing before it is not contrasted; in documents the code does
+  (--contrast-empty-context)
+- means over ranks are exact, where ranks hold different numbers of images and labels
+- documents are packed into rows; byte-level BPE instead of CLIP's
+
+Dimension key: R rows of L tokens of this rank, K images, N patches of each, D width of the language
+model, M labels, V vocabulary, G contrasted rows of all ranks.
 """
-import contextlib, math
+import math
 from dataclasses import dataclass
 from functools import partial
 
-import common                    # before torch: it sets how OpenMP waits
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import common
 import data
-import eval as evaluation
-from common import Block, UserError, ViT, averaging, lr_at, rank, run_blocks, split_heads, unit, world
+from common import (
+    Block, KVCache, UserError, ViT, all_gather, all_gather_with_grad, all_reduce_sum,
+    at_least_float32, checkpointed_chunks, l2_normalize, print0, rank, run_blocks, split_heads,
+    world_size)
 from data import Tokenizer
+
+# the terms of each --objective
+OBJECTIVES = {"lcl": ("gen", "con"), "gen": ("gen",), "con": ("con",), "gen+reg": ("gen", "reg")}
 
 
 @dataclass
 class Config:
-    docs: list = None            # training documents: files, folders, globs, {0..9} ranges; none of both = the built-in world's documents
-    data: list = None            # training pairs
-    docs_share: float = 0.5      # ours: documents among the rows of a batch, where both are given
-    val: list = None             # held-out shards: with captions -> retrieval and captioning, with classes -> zero-shot, kNN, linear probe
-    out: str = "runs/lcl"        # checkpoints, log, results and pictures; a second start here resumes
-    fresh: bool = False          # start anew in --out
-    init: str = None             # file of timm-named encoder weights to start from; tells dim, depth, heads, patch unless they are given
+    # data and output
+    docs: list = None  # training documents: files, folders, globs, {0..9}; no data = toy documents
+    data: list = None  # training pairs
+    docs_share: float = 0.5  # ours: documents among the rows of a batch, where both are given
+    val: list = None  # held-out shards: captions -> retrieval, classes -> zero-shot, kNN, linear
+    out: str = "runs/lcl"  # checkpoint, log, results, pictures; a second start goes on here
+    fresh: bool = False  # start anew in --out
+    init: str = None  # weights to start from: a checkpoint, or an encoder under timm's names
     # image tower
-    image_size: int = 224        # LCL code
-    scale: float = 0.9           # LCL code: least area of the random resized crop
-    patch: int = 16              # LCL code
-    size: str = None             # ti s b l h g: fills dim, depth, heads unless they are given
-    dim: int = 768               # LCL code: ViT-B
-    depth: int = 12              # ViT-B
-    heads: int = 12              # ViT-B
-    cls: bool = True             # LCL code: takes part in attention only
+    image_size: int = 224  # LCL code
+    scale: float = 0.9  # LCL code: least area of the random resized crop
+    patch: int = 16  # LCL code
+    size: str = None  # ti s b l h 1b: sets dim, depth, heads
+    dim: int = 768  # LCL code: ViT-B
+    depth: int = 12  # ViT-B
+    heads: int = 12  # ViT-B
     # documents
-    context: int = 2048          # LCL code, documents: tokens of a row
-    image_first: float = 0.5     # LCL code: an image stands before, not after, its sentence
-    max_images: int = 6          # LCL code: the first ones of a document
-    similarity: float = 0.24     # LCL code: least matched_sim of an image
-    pack: bool = True            # ours: several documents share a row
+    context: int = 2048  # LCL code: tokens of a row of documents
+    image_first: float = 0.5  # LCL code: probability that an image precedes its sentence
+    max_images: int = 6  # LCL code: the first ones of a document
+    similarity: float = 0.24  # LCL code: least matched_sim of an image
+    pack: bool = True  # ours: several documents share a row
     # language model
-    vocab: str = None            # vocabulary file; none = train one on the first documents
-    vocab_size: int = 49_411     # LCL code
-    text_dim: int = 768          # LCL code
-    text_depth: int = 12         # LCL code
-    text_heads: int = 12         # LCL code
+    vocab: str = None  # vocabulary file; none = train one on the first documents
+    vocab_size: int = 49_411  # LCL code
+    text_dim: int = 768  # LCL code
+    text_depth: int = 12  # LCL code
+    text_heads: int = 12  # LCL code
     # objective
-    objective: str = "lcl"       # lcl, or an arm of the paper's Table 1: gen, con, gen+reg (predicts image tokens by regression)
-    w_gen: float = 1.0           # LCL code: next-token cross-entropy
-    w_con: float = 0.1           # LCL code: contrast of an image with the state before it
-    temperature: float = 0.07    # LCL code: initial value; its inverse is learned in log space and stays within 1 .. 100
-    contrast_empty_context: bool = False  # as the released document loader: contrast images with nothing before them too
-    # optimisation
-    batch: int = 4096            # ours: documents and pairs, global
-    steps: int = 100_000         # ours
-    lr: float = 5e-4             # LCL code, pairs
-    warmup: int = 2000           # LCL code, in steps; at most a tenth of them
-    schedule: str = "cosine"     # LCL code; or linear
-    wd: float = 0.2              # LCL code
-    grad_clip: float = 0.0       # LCL code clips nothing; 0 = off
-    seed: int = 0                # LCL code
+    objective: str = "lcl"  # or an arm: gen, gen+reg (paper Table 1), con (its ablation of losses)
+    w_gen: float = 1.0  # LCL code: next token
+    w_con: float = 0.1  # LCL code: contrast of an image with the state at its soi
+    temperature: float = 0.07  # LCL code: initial value; learned, stays within 0.01 .. 1
+    contrast_empty_context: bool = False  # as LCL's code: also images with nothing before them
+    # optimization
+    batch: int = 4096  # ours: documents and pairs, global
+    steps: int = 100_000  # ours
+    lr: float = 3e-4  # LCL code: documents; pairs 5e-4
+    warmup: int = 2000  # LCL code, in steps; at most a tenth of them
+    wd: float = 0.2  # LCL code
+    grad_clip: float = 0.0  # LCL code clips nothing; 0 = off
+    seed: int = 0  # LCL code
     # machine
-    micro: int = 0               # images and rows taken at a time, recomputed in backward; 0 = all
+    micro: int = 0  # images and rows at a time through the towers, recomputed in backward; 0 = all
     grad_checkpoint: bool = False  # recompute every block in backward
-    precision: str = "auto"      # bf16 where the device computes in it, else fp32
-    compile: bool = None         # none = on for CUDA, off for CPU
-    workers: int = None          # loader processes of a rank; none = its cores less one
-    window: int = 64             # shards shuffled together
-    save_every: int = 1000       # ours
-    log_every: int = 10          # ours
-    eval_every: int = 0          # steps between evaluations; 0 = at the end, -1 = never
-    timeout: int = 600           # seconds a rank waits for the others
+    precision: str = "auto"  # auto: bf16 on CUDA, fp32 on the CPU
+    compile: bool = None  # none = on CUDA only
+    workers: int = None  # loader processes of a rank; none = its cores less one
+    save_every: int = 1000  # steps between checkpoints
+    log_every: int = 10  # steps between lines of the log
+    eval_every: int = 0  # steps between evaluations; 0 = at the end, -1 = never
+
+    method = "LCL"
+    # what --init takes from a checkpoint of this script
+    model_fields = ("image_size", "patch", "dim", "depth", "heads", "context", "vocab_size",
+                    "text_dim", "text_depth", "text_heads")
 
 
-# The built-in world on two CPU cores. At this size a weight of 0.1 is too weak for the contrast.
-DEMO = dict(image_size=48, patch=8, dim=128, depth=3, heads=4, text_dim=128, text_depth=2, text_heads=4, context=256, vocab_size=512, scale=1.0,
-            w_con=1.0, batch=64, steps=400, lr=1e-3, warmup=40, wd=0.05, save_every=200)
-
-
-# ---- documents -> rows ----
-
-def sequence(segments, cfg):
-    """Token ids (list or PIL image) in reading order -> {"ids": (n,), "images": (k, 3, S, S)}. An image is soi, a slot for each patch, eoi.
-
-    What is longer than the context is cut there, before an image that would be cut in two (LCL code).
-    """
-    N, ids, blocks = (cfg.image_size // cfg.patch) ** 2, [Tokenizer.BOS], []
-    for segment in segments:
-        if isinstance(segment, list):
-            ids += segment
-        else:
-            blocks.append((len(ids), segment))
-            ids += [Tokenizer.SOI, *[Tokenizer.IMG] * N, Tokenizer.EOI]
-    cut = min([cfg.context - 1] + [at for at, _ in blocks if at + N + 2 > cfg.context - 1])
-    images = [image for at, image in blocks if at < cut]
-    if not images:
-        raise data.Skip("no image left")
-    return {"ids": np.array(ids[:cut] + [Tokenizer.EOS]), "images": np.stack(images)}
-
-
-def tokenized(parts, tokenizer, view):
-    """Sentences -> lists of ids, a space between them; images -> view(image)."""
-    return [tokenizer.encode(" " * (i > 0) + part) if isinstance(part, str) else view(part) for i, part in enumerate(parts)]
-
-
-def example(sample, rng, cfg, tokenizer):
-    """A training document: LCL's choice and placement of images (data.Sample.document); a pair is one with one sentence and one image."""
-    near = round(cfg.image_size / cfg.scale ** 0.5)
-
-    def view(image):
-        return data.crop(image, data.random_box(rng, *image.size, cfg.scale), cfg.image_size)
-    if sample.is_document():
-        return sequence(tokenized(sample.document(rng, near, cfg.similarity, cfg.max_images, cfg.image_first), tokenizer, view), cfg)
-    room = cfg.context - (cfg.image_size // cfg.patch) ** 2 - 4                                  # a caption never pushes its image out
-    parts = [tokenizer.encode(sample.caption(rng))[:room], view(sample.image(near))]
-    return sequence(parts[::-1] if rng.random() < cfg.image_first else parts, cfg)
-
-
-def pack(documents, cfg):
-    """Rows for the language model and what it needs to find its way in them. Counts are rounded up, so that few shapes are compiled.
-
-    ids, doc, position (R, L): tokens, number of the document (-1 behind the last), position in it. images (K, 3, S, S); slots (K, N): flat places
-    of an image's tokens; soi (K,): of its begin token; context (K,): does anything stand before it? real (K,): False for padding images.
-    label_at, labels (M,): a flat place and the token after it, which the model shall predict: text, end and soi, not slots and eoi (LCL
-    code); -1 for padding. Padding points one place behind the last row.
-    """
-    L, N, B = cfg.context, (cfg.image_size // cfg.patch) ** 2, len(documents)
-    up = lambda n, most: -(-n // (step := max(1, most // 16))) * step
-    rows = []                                                # first fit, the longest document first
-    for d in sorted(documents, key=lambda d: -len(d["ids"])):
-        row = next((r for r in rows if cfg.pack and sum(len(e["ids"]) for e in r) + len(d["ids"]) <= L), None)
-        rows.append([d]) if row is None else row.append(d)
-    R = up(len(rows), B)
-    ids, doc, position = np.full((R, L), Tokenizer.PAD), np.full((R, L), -1), np.zeros((R, L), int)
-    for r, row in enumerate(rows):
-        at = 0
-        for i, d in enumerate(row):
-            n = len(d["ids"])
-            ids[r, at:at + n], doc[r, at:at + n], position[r, at:at + n] = d["ids"], i, np.arange(n)
-            at += n
-    images = np.concatenate([d["images"] for row in rows for d in row])                          # in the order of their soi in the rows
-    soi, after = np.flatnonzero(ids == Tokenizer.SOI), np.append(ids.ravel()[1:], Tokenizer.PAD)
-    goes_on = (doc[:, 1:] == doc[:, :-1]) & (doc[:, 1:] >= 0)
-    wanted = np.pad(goes_on, ((0, 0), (0, 1))).ravel() & ~np.isin(after, (Tokenizer.IMG, Tokenizer.EOI))
-    label_at, k, m = np.flatnonzero(wanted), up(len(images), B * cfg.max_images) - len(images), up(wanted.sum(), B * L) - wanted.sum()
-    out = {"ids": ids, "doc": doc, "position": position, "images": np.pad(images, ((0, k), (0, 0), (0, 0), (0, 0))),
-           "slots": np.pad(soi[:, None] + 1 + np.arange(N), ((0, k), (0, 0)), constant_values=R * L),
-           "soi": np.pad(soi, (0, k), constant_values=R * L), "real": np.pad(np.ones(len(images), bool), (0, k)),
-           "context": np.pad((position.ravel()[soi] > 1) | cfg.contrast_empty_context, (0, k)),
-           "label_at": np.pad(label_at, (0, m), constant_values=R * L), "labels": np.pad(after[label_at], (0, m), constant_values=-1)}
-    assert len(images) == len(soi), f"{len(images)} images for {len(soi)} begin tokens"
-    return {name: torch.from_numpy(value) for name, value in out.items()}
-
-
-def same_document(doc):
-    """(R, L) -> mask of the tokens each may attend to: earlier ones of its document. Dense on CPU; on CUDA a FlexAttention block mask, which skips
-    what is empty and has no backward on CPU."""
-    if doc.device.type == "cpu":
-        return ((doc[:, :, None] == doc[:, None]) & torch.ones(doc.shape[1], doc.shape[1], dtype=torch.bool).tril())[:, None]
-    from torch.nn.attention.flex_attention import create_block_mask                              # the import costs a second
-    rule = lambda b, h, q, k: (q >= k) & (doc[b, q] == doc[b, k])
-    return create_block_mask(rule, len(doc), None, doc.shape[1], doc.shape[1], device=doc.device)
+# Toy data on two CPU cores. At this size a weight of 0.1 is too weak for the contrast.
+DEMO = dict(
+    image_size=48, patch=8, dim=128, depth=3, heads=4, scale=1.0,
+    text_dim=128, text_depth=2, text_heads=4, context=256, vocab_size=512, w_con=1.0,
+    batch=64, steps=400, lr=1e-3, warmup=40, wd=0.05, save_every=100,
+)
 
 
 # ---- model ----
 
 class AttentivePool(nn.Module):
-    """One learned query pools the patches into an image's latent; the same values, each by itself, are its tokens for the language model
-    (LCL code). So with uniform attention the latent is the mean of the tokens."""
+    """Attention of one learned query to an image's patches (LCL code).
+
+    Projected values are the image tokens; their attention-weighted sum is the latent.
+    """
+
     def __init__(self, dim, out_dim, heads):
         super().__init__()
         self.heads = heads
         self.query = nn.Parameter(torch.randn(1, dim))
-        self.norm_q, self.norm_k, self.norm_v = (nn.LayerNorm(dim, eps=1e-6) for _ in range(3))
-        self.q, self.k, self.v = (nn.Linear(dim, out_dim) for _ in range(3))
-        self.out = nn.Linear(out_dim, out_dim, bias=False)
+        self.norm_q = nn.LayerNorm(dim, eps=1e-6)
+        self.norm_v = nn.LayerNorm(dim, eps=1e-6)
+        self.q = nn.Linear(dim, out_dim)
+        self.v = nn.Linear(dim, out_dim)
+        # no biases (LCL code has both): each would add the same to all keys, and softmax cancels it
+        self.norm_k = nn.LayerNorm(dim, eps=1e-6, bias=False)
+        self.k = nn.Linear(dim, out_dim, bias=False)
+        self.out = nn.Linear(out_dim, out_dim, bias=False)  # LCL code
 
-    def forward(self, x):                                    # (K, N, width of the ViT) -> tokens (K, N, D), latent (K, D)
-        value = self.v(self.norm_v(x))
+    def forward(self, x):
+        """Patches (K, N, width of the ViT) -> tokens (K, N, D), latent (K, D)."""
         query = self.q(self.norm_q(self.query)).expand(len(x), 1, -1)
-        pooled = common.attention(*(split_heads(part, self.heads) for part in (query, self.k(self.norm_k(x)), value)))   # (K, H, 1, D/H)
+        key = self.k(self.norm_k(x))
+        value = self.v(self.norm_v(x))
+        pooled = common.attention(
+            split_heads(query, self.heads), split_heads(key, self.heads),
+            split_heads(value, self.heads))  # (K, heads, 1, D / heads)
         return self.out(value), self.out(pooled.flatten(1))
 
 
 class LCL(nn.Module):
+    """ViT, attentive pool, and a causal language model over text and image tokens."""
+
     def __init__(self, cfg):
         super().__init__()
+        if cfg.objective not in OBJECTIVES:
+            raise UserError(f"--objective {cfg.objective}: choose {', '.join(OBJECTIVES)}")
+        if not term_weights(cfg):
+            raise UserError(f"--objective {cfg.objective} has nothing to learn with --w-gen "
+                            f"{cfg.w_gen:g} and --w-con {cfg.w_con:g}: raise one of its weights")
         D = cfg.text_dim
-        self.context, self.recompute = cfg.context, cfg.grad_checkpoint
-        self.vision = ViT(cfg.image_size, cfg.patch, cfg.dim, cfg.depth, cfg.heads, cls=cfg.cls, mean=(0.48145466, 0.4578275, 0.40821073),
-                          std=(0.26862954, 0.26130258, 0.27577711))                              # CLIP's, as LCL's code
-        if self.vision.grid ** 2 + 4 > cfg.context:
-            raise UserError(f"--context {cfg.context} has no room for an image of {self.vision.grid ** 2} patches and the tokens around it: "
-                            f"{self.vision.grid ** 2 + 4} is the least")
-        self.vision.recompute = cfg.grad_checkpoint
+        self.objective = cfg.objective
+        self.context = cfg.context
+        self.micro = cfg.micro
+        self.grad_checkpoint = cfg.grad_checkpoint
+        self.vision = ViT(cfg.image_size, cfg.patch, cfg.dim, cfg.depth, cfg.heads,
+                          grad_checkpoint=cfg.grad_checkpoint,
+                          mean=(0.48145466, 0.4578275, 0.40821073),  # CLIP's, as LCL code
+                          std=(0.26862954, 0.26130258, 0.27577711))
+        self.image_ids = image_ids(cfg)
+        least = len(self.image_ids) + 2  # begin and end token
+        if cfg.context < least:
+            raise UserError(f"--context {cfg.context} has no room for an image of "
+                            f"{self.vision.grid**2} patches and the tokens around it: {least} is "
+                            "the least")
         self.pool = AttentivePool(cfg.dim, D, cfg.text_heads)
         self.token_embed = nn.Embedding(cfg.vocab_size, D)
         self.pos_embed = nn.Parameter(torch.zeros(cfg.context, D))
         self.blocks = nn.ModuleList(Block(D, cfg.text_heads) for _ in range(cfg.text_depth))
-        self.norm_context, self.norm_head = nn.LayerNorm(D, eps=1e-6), nn.LayerNorm(D, eps=1e-6)
+        self.norm_context = nn.LayerNorm(D, eps=1e-6)
+        self.norm_head = nn.LayerNorm(D, eps=1e-6)
         self.context_proj = nn.Linear(D, D, bias=False)
         self.head = nn.Linear(D, cfg.vocab_size, bias=False)
-        self.regress = nn.Linear(D, D) if cfg.objective == "gen+reg" else None
+        if cfg.objective == "gen+reg":
+            self.regress = nn.Linear(D, D)
         self.log_scale = nn.Parameter(torch.tensor(-math.log(cfg.temperature)))
-        for part in (self.pool, self.token_embed, self.blocks, self.context_proj, self.head, *[self.regress] * (self.regress is not None)):
-            part.apply(common.init_weights)
-        nn.init.trunc_normal_(self.pos_embed, std=0.01)      # LCL code
+        for name, module in self.named_children():
+            if name != "vision":
+                module.apply(common.init_weights)
+        nn.init.trunc_normal_(self.pos_embed, std=0.01)  # LCL code
 
-    def encode(self, images):                                # (K, 3, S, S) -> tokens (K, N, D), latent (K, D)
+    def forward(self, batch):
+        """A batch of pack() -> all that the losses compare, in a dict.
+
+        image_tokens (K, N, D), latent (K, D) of the images; context (K, D): the state at the soi of
+        each; logits (M, V) of the labels; for gen+reg also predicted_tokens (K, N, D).
+        """
+        # images -> tokens for the language model, and one latent each
+        image_tokens, latent = checkpointed_chunks(self.encode, self.micro, batch["images"])
+
+        # rows of text and image tokens through the language model
+        x = self.embed(batch["ids"], batch["position"], batch["soi_index"], image_tokens)
+        x = checkpointed_chunks(self.decode_packed, self.micro, x, batch["document"])  # (R, L, D)
+        x = x.flatten(0, 1)
+
+        # F.embedding(index, x) is x[index] whose gradient is the same to the bit each time
+        out = {
+            "image_tokens": image_tokens,
+            "latent": l2_normalize(latent),
+            "context": self.context_embeds(F.embedding(batch["soi_index"], x)),
+            "logits": self.logits(F.embedding(batch["label_index"], x)),
+        }
+        if self.objective == "gen+reg":  # each image token from the state at the place before it
+            before = self.image_places(batch["soi_index"]) - 1
+            out["predicted_tokens"] = self.regress(F.embedding(before, x))
+        return out
+
+    def encode(self, images):
+        """(K, 3, S, S) -> tokens (K, N, D), latent (K, D)."""
         return self.pool(self.vision.patch_tokens(images))
 
-    def embed(self, ids, position, slots, tokens):
-        """Embeddings of a batch's rows (R, L, D), the images' tokens in their slots, plus learned positions."""
-        x = self.token_embed(ids)
-        x = F.pad(x.flatten(0, 1), (0, 0, 0, 1)).index_copy(0, slots.flatten(), tokens.flatten(0, 1).to(x.dtype))[:-1].view(x.shape)
-        return x + F.embedding(position, self.pos_embed)     # padding images wrote to the place cut off again
+    def image_places(self, soi_index):
+        """(K,) places of soi in the flattened rows -> (K, N): those of the patches after it."""
+        n_patches = self.vision.grid**2
+        return soi_index[:, None] + torch.arange(1, n_patches + 1, device=soi_index.device)
 
-    def trunk(self, x, mask=None, past=None):                # (R, L, D) -> (R, L, D); causal, also inside an image
-        return run_blocks(self.blocks, x, mask, mask is None and (past is None or x.shape[1] > 1), recompute=self.recompute, past=past)
+    def embed(self, ids, position, soi_index, image_tokens):
+        """ids (R, L), position (R, L) or (L,), soi_index (K,), image_tokens (K, N, D) ->
+        embeddings (R, L, D), those of IMG replaced by the image tokens."""
+        x = self.token_embed(ids).flatten(0, 1)
+        places = self.image_places(soi_index).flatten()
+        # masked_scatter is slower on the CPU, and its backward waits for the device
+        x = x.index_copy(0, places, image_tokens.flatten(0, 1).to(x.dtype))
+        return x.unflatten(0, ids.shape) + F.embedding(position, self.pos_embed)
 
-    def contexts(self, x):                                   # states at soi (K, D) -> (K, D) unit
-        return unit(self.context_proj(self.norm_context(x)))
+    def decode(self, x, mask=None):
+        """(R, L, D) -> (R, L, D). Causal, also inside an image (LCL code); no mask: each row is one
+        document."""
+        causal = mask is None
+        return run_blocks(self.blocks, x, mask, causal, grad_checkpoint=self.grad_checkpoint)
 
-    def logits(self, x):
-        return self.head(self.norm_head(x))
+    def decode_packed(self, x, document):
+        """Packed rows (R, L, D), number of each token's document (R, L) -> (R, L, D)"""
+        # a block mask skips what is empty, and has no backward on the CPU
+        mask = block_mask(document) if document.is_cuda else dense_mask(document)
+        return self.decode(x, mask)
+
+    def context_embeds(self, hidden_states):
+        """States at soi (K, D) -> (K, D), unit length."""
+        return l2_normalize(self.context_proj(self.norm_context(hidden_states)))
+
+    def logits(self, hidden_states):
+        """(..., D) -> (..., V)"""
+        return self.head(self.norm_head(hidden_states))
+
+    def contrast_scale(self):
+        """What the cosines of the contrast are multiplied by: 1 / temperature."""
+        return self.log_scale.clamp(0, math.log(100)).exp()
 
     @torch.no_grad()
-    def clamp(self):                                         # at the top of a step: beyond the bounds there would be no gradient back
-        self.log_scale.clamp_(0, math.log(100))              # LCL code
+    def clamp_scale(self):
+        """At the top of a step: contrast_scale has no gradient beyond its bounds (LCL code)."""
+        self.log_scale.clamp_(0, math.log(100))
 
-    def scale(self):
-        return self.log_scale.clamp(0, math.log(100)).exp()  # clamped for readers of a checkpoint, which is written after a step
+    def encode_image(self, images):
+        """(B, 3, S, S) -> (B, D), unit length."""
+        _, latent = self.encode(images)
+        return l2_normalize(latent)
 
-    def encode_image(self, images):                          # (B, 3, S, S) -> (B, D) unit
-        return unit(self.encode(images)[1])
-
-    def encode_text(self, tokens, valid):                    # (B, L) -> (B, D) unit: the state at a soi in the place of the end token
+    def encode_text(self, tokens, valid):
+        """(B, L) -> (B, D), unit length: the state at a soi in the place of the end token."""
         last = valid.sum(1, keepdim=True) - 1
-        x = self.token_embed(tokens.scatter(1, last, Tokenizer.SOI)) + self.pos_embed[:tokens.shape[1]]
-        return self.contexts(common.at_end(self.trunk(x), valid))
+        x = self.token_embed(tokens.scatter(1, last, Tokenizer.SOI))
+        x = self.decode(x + self.pos_embed[:tokens.shape[1]])
+        return self.context_embeds(common.last_token(x, valid))
 
-    def prefix(self, images):
-        """Embeddings of: begin token, image (B, N+3, D)."""
-        N = self.vision.grid ** 2
-        ids = torch.tensor([Tokenizer.BOS, Tokenizer.SOI, *[Tokenizer.IMG] * N, Tokenizer.EOI], device=images.device).expand(len(images), -1)
-        slots = torch.arange(ids.numel(), device=images.device).view(ids.shape)[:, 2:-1]
-        return self.embed(ids, torch.arange(N + 3, device=images.device), slots, self.encode(images)[0])
+    def held_out_view(self, image):
+        """Short side to image_size, central crop (LCL code)."""
+        return data.center_crop(image, self.vision.image_size)
 
-    @torch.no_grad()
-    def go_on(self, x, length):
-        """Greedy continuation of embedded rows (B, L, D): ids (B, length), PAD after the end token. Keys and values are kept."""
-        past, at, ids = [[] for _ in self.blocks], x.shape[1], torch.empty(len(x), 0, dtype=torch.long, device=x.device)
-        going = torch.ones(len(x), 1, dtype=torch.bool, device=x.device)
-        for i in range(min(length, self.context - at)):
-            token = self.logits(self.trunk(x, past=past)[:, -1]).argmax(1, keepdim=True).where(going, Tokenizer.PAD)
-            ids, going = torch.cat([ids, token], 1), going & (token != Tokenizer.EOS)
-            x = self.token_embed(token) + self.pos_embed[at + i]
-        return F.pad(ids, (0, length - ids.shape[1]), value=Tokenizer.PAD)
+    # ---- text after an image ----
 
-    def generate(self, images, length=40):
-        """Greedy captions: what follows the image. ids (B, length), PAD after the end token."""
-        return self.go_on(self.prefix(images), length)
+    def embed_prefix(self, images):
+        """(B, 3, S, S) -> embeddings of: begin token, image (B, N+3, D)."""
+        image_tokens, _ = self.encode(images)
+        row = [Tokenizer.BOS, *self.image_ids]
+        ids = torch.tensor(row, device=images.device).expand(len(images), -1)
+        position = torch.arange(len(row), device=images.device)
+        soi_index = len(row) * torch.arange(len(images), device=images.device) + 1
+        return self.embed(ids, position, soi_index, image_tokens)
 
-    def fused(self, images, tokens, valid):                  # (B, 3, S, S), (B, L) -> (B, D): the state at the end of a text after its image
-        x = self.prefix(images)
-        text = self.token_embed(tokens[:, 1:]) + self.pos_embed[x.shape[1]:x.shape[1] + tokens.shape[1] - 1]
-        return common.at_end(self.norm_head(self.trunk(torch.cat([x, text], 1))[:, x.shape[1] - 1:]), valid)
+    def caption_states(self, images, tokens):
+        """Captions after their images: states (B, L', D) at eoi, then at tokens[:, 1:].
+
+        The begin token stands before the image. L' < L where the context ends earlier.
+        """
+        prefix = self.embed_prefix(images)
+        start = prefix.shape[1]
+        tokens = tokens[:, 1:1 + self.context - start]
+        text = self.token_embed(tokens) + self.pos_embed[start:start + tokens.shape[1]]
+        return self.decode(torch.cat([prefix, text], 1))[:, start - 1:]
 
     def score(self, images, tokens, valid):
-        """Mean log-probability of a caption's tokens after its image (B,)."""
-        x, room = self.prefix(images), self.context - self.vision.grid ** 2 - 3
-        tokens, valid = tokens[:, 1:room], valid[:, 1:room]  # the begin token stands before the image
-        text = self.token_embed(tokens) + self.pos_embed[x.shape[1]:x.shape[1] + tokens.shape[1]]
-        logits = self.logits(self.trunk(torch.cat([x, text], 1))[:, x.shape[1] - 1:-1])
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), reduction="none").view(tokens.shape) * valid
-        return -loss.sum(1) / valid.sum(1)
+        """Mean log-probability of each caption's tokens after its image (B,)."""
+        x = self.caption_states(images, tokens)
+        logits = at_least_float32(self.logits(x[:, :-1]))  # (B, L'-1, V)
+        labels = tokens[:, 1:x.shape[1]]
+        valid = valid[:, 1:x.shape[1]]
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+        return -(loss.view(labels.shape) * valid).sum(1) / valid.sum(1)
+
+    def fused(self, images, tokens, valid):
+        """Text about an image -> (B, D): the state at its last token, after the image."""
+        x = self.norm_head(self.caption_states(images, tokens))
+        return common.last_token(x, valid[:, :x.shape[1]])
+
+    @torch.no_grad()
+    def generate(self, images, length=40):
+        """Greedy captions, what follows the image: ids (B, length), PAD after the end token."""
+        return self.generate_from(self.embed_prefix(images), length)
+
+    def generate_from(self, x, length):
+        """Greedy continuation of embedded documents (B, n, D): ids (B, length), PAD after the end
+        token and beyond the context. Keys and values of what has been read are kept."""
+        kv_caches = [KVCache() for _ in self.blocks]
+        start = x.shape[1]
+        ids = torch.full((len(x), length), Tokenizer.PAD, device=x.device)
+        unfinished = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        for t in range(min(length, self.context - start)):
+            for block, kv_cache in zip(self.blocks, kv_caches):
+                x = block(x, causal=True, kv_cache=kv_cache)
+            token = self.logits(x[:, -1]).argmax(1).where(unfinished, Tokenizer.PAD)  # (B,)
+            ids[:, t] = token
+            unfinished = unfinished & (token != Tokenizer.EOS)
+            if not unfinished.any():
+                break
+            x = self.token_embed(token[:, None]) + self.pos_embed[start + t]
+        return ids
 
 
-Model = LCL
+def dense_mask(document):
+    """Number of each token's document (R, L) -> which tokens it may attend to (R, 1, L, L): itself
+    and earlier ones of its document."""
+    length = document.shape[1]
+    same_document = document[:, :, None] == document[:, None, :]
+    causal = torch.ones(length, length, dtype=torch.bool, device=document.device).tril()
+    return (same_document & causal)[:, None]
+
+
+def block_mask(document):
+    """The same as a BlockMask of FlexAttention."""
+    from torch.nn.attention.flex_attention import create_block_mask  # the import takes a second
+
+    def may_attend(row, head, query, key):
+        return (query >= key) & (document[row, query] == document[row, key])
+
+    n_rows, length = document.shape
+    return create_block_mask(may_attend, n_rows, None, length, length, device=document.device)
 
 
 # ---- objective ----
 
-def contrast(latent, context, valid, scale):
-    """InfoNCE both ways, halved, between images and the states before them (paper's L_con; LCL code), over the valid pairs of all ranks.
+def losses(model, batch, cfg):
+    """L = w_gen L_gen + w_con L_con (LCL code), or an arm of it -> loss, {name: term}.
 
-    latent, context (K, D) unit; valid (K,); scale 0-dim factor. K may hold padding but is the same on all ranks. Returns this rank's share:
-    the mean over ranks is the mean over all valid pairs, 0 if nobody has one.
+    Each is this rank's share: the mean over ranks is that of the global batch.
     """
-    columns, K = common.all_gather(valid), len(valid)
-    own = rank() * K + torch.arange(K, device=valid.device)
-    loss = 0
-    for row, column in ((latent, context), (context, latent)):
-        logits = (scale * row @ common.gather(column).T).masked_fill(~columns, torch.finfo(latent.dtype).min)    # finite: no NaN in unused rows
-        loss = loss + F.cross_entropy(logits, own, reduction="none") / 2
-    return torch.where(valid, loss, 0).sum() * world() / common.total(valid.sum()).clamp(min=1)
+    with common.autocast(cfg.precision, batch["ids"].device):
+        out = model(batch)
+    image_tokens = at_least_float32(out["image_tokens"])
+    weights = term_weights(cfg)
+    terms = {}
+
+    # L_gen: cross-entropy of each next token: text, end and soi tokens; not image patches and eoi
+    if "gen" in weights:
+        logits = at_least_float32(out["logits"])  # (M, V)
+        terms["gen"] = mean_over_ranks(F.cross_entropy(logits, batch["labels"], reduction="none"))
+
+    # L_con: InfoNCE between each image and the state at its soi. Ranks hold different numbers of
+    # images: all are padded to the most there can be, so that what is gathered has one size
+    if "con" in weights:
+        most_images = cfg.max_images if cfg.docs else 1  # of a document, of a pair
+        capacity = cfg.batch // world_size() * most_images
+        is_contrasted = has_context(batch) | cfg.contrast_empty_context  # (K,)
+        terms["con"] = info_nce(
+            pad_rows(out["latent"], capacity), pad_rows(out["context"], capacity),
+            pad_rows(is_contrasted, capacity), model.contrast_scale())
+
+    # L_reg, of the arm that collapses: squared error of each image token, predicted from the state
+    # before it. Nothing keeps its target from becoming constant
+    if "reg" in weights:
+        error = at_least_float32(out["predicted_tokens"]) - image_tokens  # (K, N, D)
+        terms["reg"] = mean_over_ranks(error.square().mean((1, 2)))
+
+    loss = sum(weights[name] * terms[name] for name in weights)
+    terms.update(collapse_metrics(image_tokens, out["latent"]))
+    return loss, terms
 
 
-def gauge(tokens, latent, real):
-    """How far from collapse the images of all ranks are: spread (deviation of an image's mean token over images, by dimension, over the tokens'
-    root mean square) and mean pairwise cosine of the latents."""
-    real, n = real[:, None].float(), common.total(real.sum()).clamp(min=2)
-    tokens, latent = tokens.detach().float(), unit(latent.detach()) * real
-    mean, power = tokens.mean(1) * real, tokens.square().mean((1, 2)) * real[:, 0]
-    sums = common.total(torch.cat([mean.sum(0), mean.square().sum(0), latent.sum(0), power.sum()[None]]))
-    first, second, third, energy = sums.split([tokens.shape[2], tokens.shape[2], latent.shape[1], 1])
-    deviation = (second / n - (first / n).square()).clamp(min=0).sqrt().mean()
-    return {"spread": deviation / (energy[0] / n).sqrt(), "cosine": (third.square().sum() - n) / (n * (n - 1))}
+def term_weights(cfg):
+    """{term of --objective: its weight}, without those of weight 0."""
+    weights = {"gen": cfg.w_gen, "con": cfg.w_con, "reg": 1.0}
+    return {name: weights[name] for name in OBJECTIVES[cfg.objective] if weights[name]}
+
+
+def info_nce(latent, context, valid, scale):
+    """L_con = mean_i -1/2 [log softmax_j(s z_i . y_j)_i + log softmax_j(s y_i . z_j)_i]  (LCL code)
+
+    z = latent, y = context: (K, D), unit length, row i of one belongs to row i of the other. valid
+    (K,): False for a pair that is not counted and no negative of others. s = scale: 0-dim factor.
+    K is the same on all ranks; the mean of the results over ranks is the mean over all valid pairs,
+    0 if there is none.
+    """
+    all_valid = all_gather(valid)  # (G,)
+    labels = rank() * len(valid) + torch.arange(len(valid), device=valid.device)
+
+    def cross_entropy(rows, columns):
+        logits = scale * rows @ columns.T  # (K, G)
+        # finite, not -inf: rows that are not valid get a gradient of 0 from where() below, and 0
+        # times their softmax must stay 0, not become NaN, even if no pair is valid
+        logits = logits.masked_fill(~all_valid, torch.finfo(logits.dtype).min)
+        return F.cross_entropy(logits, labels, reduction="none")
+
+    image_to_context = cross_entropy(latent, all_gather_with_grad(context))
+    context_to_image = cross_entropy(context, all_gather_with_grad(latent))
+    loss = torch.where(valid, (image_to_context + context_to_image) / 2, 0)
+    n_valid = all_reduce_sum(valid.sum()).clamp(min=1)
+    return loss.sum() * world_size() / n_valid
+
+
+def has_context(batch):
+    """(K,): True if anything but the begin token precedes the image in its document."""
+    return batch["position"].flatten()[batch["soi_index"]] > 1
+
+
+def pad_rows(x, n):
+    """(K, ...) -> (n, ...), padded with zeros."""
+    if len(x) > n:
+        raise UserError(f"{len(x)} images in a batch of {n} pairs: documents are for --docs")
+    padding = x.new_zeros(n - len(x), *x.shape[1:])
+    return torch.cat([x, padding])
+
+
+def count_over_ranks(x):
+    """Number of rows of all ranks, 0-dim."""
+    return all_reduce_sum(torch.full((), len(x), device=x.device))
+
+
+def mean_over_ranks(values):
+    """This rank's share of the mean of the values (n,) of all ranks, whose n differ."""
+    return values.sum() * world_size() / count_over_ranks(values)
 
 
 @torch.no_grad()
-def rank_images(model, documents, cfg, device):
-    """Rows of sequence() -> which = [(document, its k-th image)] of the images that have something before them, and the cosines of the contexts
-    (rows) with the images (columns) of all documents."""
-    latents, contexts, which = [], [], []
+def collapse_metrics(image_tokens, latent):
+    """How much the images of all ranks differ: spread -> 0 and cosine -> 1 are collapse.
+
+    image_tokens (K, N, D), latent (K, D) of unit length -> spread: standard deviation of the
+    images' mean tokens, averaged over D, over the root mean square of all tokens; cosine: mean over
+    the pairs of different latents, 0 if there is one image alone.
+    """
+    n = count_over_ranks(latent)
+    mean_token = image_tokens.mean(1)  # (K, D)
+    center = all_reduce_sum(mean_token.sum(0)) / n
+    variance = all_reduce_sum((mean_token - center).square().sum(0)) / n  # (D,)
+    mean_square = all_reduce_sum(image_tokens.square().mean((1, 2)).sum()) / n
+    spread = variance.sqrt().mean() / mean_square.sqrt()
+    latent_sum = all_reduce_sum(latent.sum(0))  # its square: n ones, n (n - 1) cosines
+    cosine = (latent_sum.square().sum() - n) / (n * (n - 1)).clamp(min=1)
+    return {"spread": spread, "cosine": cosine}
+
+
+# ---- documents -> rows ----
+
+def example(sample, rng, cfg, tokenizer):
+    """A training document: ids, and a random resized crop of each image (LCL code)."""
+    read = read_document if sample.is_document() else read_pair
+    min_size = round(cfg.image_size / cfg.scale**0.5)
+
+    def view(image):
+        box = data.random_box(rng, *image.size, cfg.scale)
+        return data.crop(image, box, cfg.image_size)
+
+    return sequence(read(sample, rng, cfg, tokenizer, min_size), view, cfg)
+
+
+def read_document(sample, rng, cfg, tokenizer, min_size=None):
+    """Sentences as lists of ids, and PIL images, chosen and placed by LCL's rules (data.Sample)."""
+    parts = sample.document(rng, min_size, cfg.similarity, cfg.max_images, cfg.image_first)
+    segments = []
+    for i, part in enumerate(parts):
+        if isinstance(part, str):
+            space = " " if i > 0 else ""  # LCL code joins sentences and images by spaces
+            segments.append(tokenizer.encode(space + part))
+        else:
+            segments.append(part)
+    return segments
+
+
+def read_pair(sample, rng, cfg, tokenizer, min_size=None):
+    """The same of a pair, in random order. The caption is as in evaluation, without a space before
+    it; a long one is cut, or would push its image out."""
+    room = cfg.context - len(image_ids(cfg)) - 2  # begin and end token
+    segments = [tokenizer.encode(sample.caption(rng))[:room], sample.image(min_size)]
+    if rng.random() < cfg.image_first:
+        segments.reverse()
+    return segments
+
+
+def image_ids(cfg):
+    """The ids of an image: soi, a place for each patch, eoi."""
+    n_patches = (cfg.image_size // cfg.patch) ** 2
+    return [Tokenizer.SOI, *n_patches * [Tokenizer.IMG], Tokenizer.EOI]
+
+
+def sequence(segments, view, cfg):
+    """Lists of ids and images in reading order -> {"ids": (n,), "images": (k, 3, S, S)}.
+
+    view(image) -> (3, S, S). What is longer than the context is cut there, or before the image that
+    would be cut in two (LCL code). Raises Skip if no image is left.
+    """
+    room = cfg.context - 1  # the end token takes one
+    ids = [Tokenizer.BOS]
+    ids_of_image = image_ids(cfg)
+    images = []
+    for segment in segments:
+        if isinstance(segment, list):
+            ids += segment
+        elif len(ids) + len(ids_of_image) <= room:
+            ids += ids_of_image
+            images.append(view(segment))
+        else:
+            break
+    if not images:
+        raise data.Skip("no image left")
+    return {"ids": np.array(ids[:room] + [Tokenizer.EOS]), "images": np.stack(images)}
+
+
+def pack(documents, cfg):
+    """Documents of sequence() -> rows of cfg.context tokens, as tensors:
+
+    ids, document (its number in the row, -1 after the last), position (in the document), each
+    (R, L); images (K, 3, S, S) in the order of their tokens; labels (M,): the tokens that are
+    predicted, all but begin tokens, image patches and eoi (LCL code). Places in the flattened rows:
+    soi_index (K,), and label_index (M,) of the token just before each label.
+
+    R, K and M differ from batch to batch, without padding: when torch.compile meets a second number
+    it makes a graph for any. Only what ranks gather is padded, in losses.
+    """
+    rows = fill_rows(documents, cfg)
+    ids = np.full((len(rows), cfg.context), Tokenizer.PAD)
+    document = np.full_like(ids, -1)
+    position = np.zeros_like(ids)
+    images = []
+    for r, row in enumerate(rows):
+        start = 0
+        for number, doc in enumerate(row):
+            end = start + len(doc["ids"])
+            ids[r, start:end] = doc["ids"]
+            document[r, start:end] = number
+            position[r, start:end] = np.arange(end - start)
+            images.append(doc["images"])
+            start = end
+
+    batch = {"ids": ids, "document": document, "position": position}
+    batch["images"] = np.concatenate(images)
+    # made here, on the CPU: x[mask] would wait for the device
+    batch["soi_index"] = np.flatnonzero(ids == Tokenizer.SOI)
+    is_label = (position > 0) & (ids != Tokenizer.IMG) & (ids != Tokenizer.EOI)
+    batch["labels"] = ids[is_label]
+    batch["label_index"] = np.flatnonzero(is_label) - 1
+    return {name: torch.from_numpy(x) for name, x in batch.items()}
+
+
+def fill_rows(documents, cfg):
+    """Documents -> [[document, ...], ...] that fit into a row: first-fit decreasing."""
+    if not cfg.pack:
+        return [[doc] for doc in documents]
+    rows = []
+    lengths = []
+    for doc in sorted(documents, key=lambda doc: len(doc["ids"]), reverse=True):
+        n = len(doc["ids"])
+        for r, length in enumerate(lengths):
+            if length + n <= cfg.context:
+                rows[r].append(doc)
+                lengths[r] += n
+                break
+        else:
+            rows.append([doc])
+            lengths.append(n)
+    return rows
+
+
+def warn_of_long_documents(index, cfg, tokenizer, n=300):
+    """One line if --context ends before the first image of some of the first n documents."""
+    needed = []  # tokens of each up to its first image, and the end token
+    for i in range(min(n, len(index))):
+        try:
+            segments = read_document(index[i], common.rng(common.Stream.FIGURE, i), cfg, tokenizer,
+                                     min_size=1)  # of images only the places count
+        except data.Skip:
+            continue
+        length = len(image_ids(cfg)) + 2  # begin and end token
+        for segment in segments:
+            if not isinstance(segment, list):
+                break
+            length += len(segment)
+        needed.append(length)
+    n_long = sum(length > cfg.context for length in needed)
+    if n_long:
+        print0(f"warning: {n_long / len(needed):.0%} of the first {len(needed)} documents have "
+               f"their first image beyond --context {cfg.context} and are passed over: "
+               f"--context {max(needed)} would hold them")
+
+
+# ---- training ----
+
+@common.owns_output_folder
+def main(cfg):
+    """Train, evaluate, draw. Returns the metrics of the last evaluation."""
+    device = common.init_distributed()
+    common.check_batch(cfg.batch)
+    cfg = data.use_toy_data(cfg, docs="docs")
+    if cfg.eval_every >= 0:
+        import eval as evaluation  # only where something is evaluated or drawn
+        evaluation.check_held_out(cfg)  # now, not after the last step
+    torch.manual_seed(cfg.seed)  # the same initial weights on every rank
+    model = LCL(cfg).to(device)
+    optimizer = common.adamw(model, cfg.wd, betas=(0.9, 0.98), eps=1e-6)  # LCL code
+    start_step, vocab = common.resume_from(cfg, model, optimizer)
+
+    pairs = data.open_index(cfg.data)
+    docs = data.open_index(cfg.docs)
+    tokenizer = data.make_tokenizer(cfg, pairs if docs is None else docs, vocab)
+    if docs is not None and rank() == 0:
+        warn_of_long_documents(docs, cfg, tokenizer)
+    sources, share = data.two_sources(cfg, [pairs, docs], cfg.docs_share,
+                                      partial(example, cfg=cfg, tokenizer=tokenizer))
+    dataset = data.BatchDataset(sources, cfg.batch, rank(), world_size(), share,
+                                partial(pack, cfg=cfg))
+    batches = data.loader(dataset, start_step, cfg.steps, cfg.workers, device)
+    # the towers, not model.forward, whose graph would depend on the number of chunks of --micro
+    model.encode = common.compiled(model.encode, cfg.compile, device)
+    model.decode = common.compiled(model.decode, cfg.compile, device)
+    common.print_summary(cfg, device, model, sources, start_step, cfg.lr)
+    log = common.Log(cfg, start_step, data.REASONS, data.UNREADABLE)
+
+    for step in range(start_step, cfg.steps):
+        batch = next(batches)
+        lr = common.cosine_lr(step, cfg.steps, cfg.warmup, cfg.lr)
+        model.clamp_scale()
+        loss, terms = losses(model, batch, cfg)
+        terms["temperature"] = 1 / model.contrast_scale()
+
+        # -- the same lines in every script, held together by tests/test_text.py --
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        common.average_gradients(model.parameters())
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+        optimizer.step()
+        log(step, batch, lr, loss, grad_norm, terms)
+        if log.stop or common.is_save_step(step, cfg):
+            common.save(cfg, model, optimizer, step + 1, tokenizer.dumps())
+        if log.stop:
+            break
+        if common.is_eval_step(step, cfg):
+            evaluate(model, tokenizer, cfg, device)
+        # -- end --
+
+    log.close()
+    batches.close()
+    if log.stop or cfg.eval_every < 0:
+        return {}
+    result = evaluate(model, tokenizer, cfg, device)
+    draw(model, tokenizer, cfg, device)
+    return result
+
+
+def evaluate(model, tokenizer, cfg, device):
+    """Metrics on cfg.val, and how well the images of documents and the states at soi find each
+    other, as {name: fraction}; prints them and writes out/result.json.
+
+    context_r1: images whose own context is the best of all; image_r1: the reverse.
+    """
+    import eval as evaluation
+    result = evaluation.evaluate(model, tokenizer, cfg, device)
+    if not cfg.docs:
+        return result
+    documents, title = read_held_out(cfg, tokenizer)
+    which, similarity = match_contexts(model, documents, cfg, device)
+    if which:
+        own = torch.arange(len(which))
+        image_rank = evaluation.ranks(similarity, own)
+        context_rank = evaluation.ranks(similarity.T, own)
+        result["context_r1"] = (context_rank == 0).float().mean().item()
+        result["image_r1"] = (image_rank == 0).float().mean().item()
+        print0(f"{len(own)} images of {title} documents: context_r1 {result['context_r1']:.1%}, "
+               f"image_r1 {result['image_r1']:.1%}")
+        evaluation.write_result(result, cfg)
+    return result
+
+
+def read_held_out(cfg, tokenizer, n=200):
+    """The first n held-out documents, else training documents -> [of sequence()], what they are."""
+    training = data.expand(cfg.docs)
+    try:
+        paths = data.expand(cfg.docs, "test")
+    except UserError:  # a folder of training shards alone
+        paths = training
+    title = "training" if set(training) & set(paths) else "held-out"
+    index = data.open_index(paths)
+    view = partial(data.center_crop, size=cfg.image_size)
+    documents = []
+    for i in range(min(n, len(index))):
+        rng = common.rng(common.Stream.FIGURE, i)
+        try:
+            segments = read_document(index[i], rng, cfg, tokenizer)
+            documents.append(sequence(segments, view, cfg))
+        except data.Skip:
+            continue
+    return documents, title
+
+
+@torch.no_grad()
+def match_contexts(model, documents, cfg, device):
+    """The n images of all documents that have something before them: [(document, its k-th image)],
+    and cosines (n, n) of the states at their soi (rows) with the images (columns)."""
+    if not documents:
+        return [], torch.zeros(0, 0)
+    which = []
+    contexts = []
+    latents = []
     for d, document in enumerate(documents):
-        batch = {k: v.to(device) for k, v in pack([document], cfg).items()}
-        with common.autocast(cfg, device):
-            tokens, latent = model.encode(batch["images"])
-            x = model.trunk(model.embed(batch["ids"], batch["position"], batch["slots"], tokens), same_document(batch["doc"]))
-            used = batch["context"]
-            latents.append(unit(latent[used]))
-            contexts.append(model.contexts(x.flatten(0, 1)[batch["soi"][used]]))
+        batch = {name: x.to(device) for name, x in pack([document], cfg).items()}
+        with common.autocast(cfg.precision, device):
+            out = model(batch)
+        used = has_context(batch)
+        contexts.append(out["context"][used])
+        latents.append(out["latent"][used])
         which += [(d, k) for k in used.nonzero()[:, 0].tolist()]
     return which, (torch.cat(contexts) @ torch.cat(latents).T).cpu()
 
 
-@torch.no_grad()
+# ---- pictures: a reader may stop here ----
+
 def draw(model, tokenizer, cfg, device):
-    """out/curves.png; out/document.png: images of held-out documents with the text before, the rank of the true context among all, what the model
-    writes after them and what follows. -> {"context_r1": share of images whose true context is the best, "image_r1": the reverse}."""
-    if rank():
-        return {}
-    evaluation.curves(f"{cfg.out}/log.jsonl", f"{cfg.out}/curves.png", ["loss", "gen", "con", "spread", "cosine", "temperature"],
-                      f"LCL ({cfg.objective}), {cfg.steps} steps of {cfg.batch}")
+    """out/curves.png, and out/document.png: images of documents with the text before each, the rank
+    of its own context among all, what the model writes after it, and what follows."""
+    import eval as evaluation
+    if rank() == 0:
+        evaluation.curves(f"{cfg.out}/log.jsonl", f"{cfg.out}/curves.png",
+                          ["loss", "gen", "con", "spread", "cosine", "temperature"],
+                          f"LCL ({cfg.objective}), {cfg.steps} steps of {cfg.batch}")
     if not cfg.docs:
-        return {}
-    paths, documents = data.expand(cfg.docs, "test"), []
-    index, title = data.Index(paths), "training" if set(paths) & set(data.expand(cfg.docs)) else "held-out"
-    for i in range(min(len(index), 200)):
-        with contextlib.suppress(data.Skip):
-            parts = index[i].document(data.rng_for(5, i), None, cfg.similarity, cfg.max_images, cfg.image_first)
-            documents.append(sequence(tokenized(parts, tokenizer, lambda image: data.centre(image, cfg.image_size)), cfg))
-    which, sim = rank_images(model, documents, cfg, device)
-    places, N, cells = evaluation.ranks(sim.T, torch.arange(len(sim))).tolist(), model.vision.grid ** 2, []
-    for (d, k), place in list(zip(which, places))[:8]:
-        ids, images = documents[d]["ids"], torch.from_numpy(documents[d]["images"]).to(device)
-        soi = np.flatnonzero(ids == Tokenizer.SOI)[:k + 1]
-        before, after, end = ids[:soi[k]], ids[soi[k] + N + 2:], soi[k] + N + 2
-        with common.autocast(cfg, device):
-            slots = torch.from_numpy(soi[:, None] + 1 + np.arange(N)).to(device)
-            x = model.embed(torch.from_numpy(ids[None, :end]).to(device), torch.arange(end, device=device), slots, model.encode(images[:k + 1])[0])
-            written = model.go_on(x, 40)[0].cpu().numpy()
-        cells += [(None, "... " + tokenizer.decode(before[-30:]), None),
-                  (images[k].cpu(), f"true context: rank {place + 1} of {len(sim)}", "green" if place == 0 else None),
-                  (None, tokenizer.decode(written[:np.append(np.flatnonzero(written == Tokenizer.SOI), 40)[0]]), None),
-                  (None, tokenizer.decode(after[:30]) + " ...", None)]
-    evaluation.sheet(cells, f"{cfg.out}/document.png", 4, f"{title.capitalize()}: text before, image, what the model writes, what follows", 150)
-    recall = evaluation.recall_at_k(sim, torch.arange(len(sim)), (1,))
-    return {"context_r1": recall["i2t"][1], "image_r1": recall["t2i"][1]}
+        return
+    documents, title = read_held_out(cfg, tokenizer)
+    if rank() > 0:
+        return
+    which, similarity = match_contexts(model, documents, cfg, device)
+    if not which:
+        return
+    context_rank = evaluation.ranks(similarity.T, torch.arange(len(which))).tolist()
+    cells = []
+    for (d, k), own_rank in list(zip(which, context_rank))[:8]:
+        before, written, after = text_around(model, tokenizer, documents[d], k, cfg, device)
+        frame = "green" if own_rank == 0 else None
+        caption = f"own context: rank {own_rank + 1} of {len(which)}"
+        cells.append((None, "... " + before, None))
+        cells.append((documents[d]["images"][k], caption, frame))
+        cells.append((None, written, None))
+        cells.append((None, after + " ...", None))
+    evaluation.sheet(cells, f"{cfg.out}/document.png", 4,
+                     f"{title.capitalize()}: text before, image, what the model writes, "
+                     "what follows", 150)
 
 
-def main(cfg):
-    """Train, evaluate, draw. Returns the metrics of the last evaluation."""
-    if cfg.objective not in ("lcl", "gen", "con", "gen+reg"):
-        raise UserError(f"--objective {cfg.objective}: choose lcl, gen, con or gen+reg")
-    device = common.start(cfg)
-    cfg = data.with_world(cfg, docs="docs")
-    state = common.resume(cfg, "LCL")
-    indices = data.indices_of(cfg.data, cfg.docs)
-    tokenizer = common.rank0_first(lambda: data.vocabulary(cfg, indices[1] or indices[0], state))
-    rows, share = data.mixture(cfg, indices, cfg.docs_share, partial(example, cfg=cfg, tokenizer=tokenizer))
-    model = LCL(cfg).to(device)
-    common.init_encoder(model.vision, cfg.init)
-    opt = common.adamw(model, cfg, betas=(0.9, 0.98), eps=1e-6)                                  # LCL code
-    first, peak = common.restore(state, model, opt), cfg.lr
-    common.describe(cfg, device, model, rows, first, peak)
-    batches = data.Batches(rows, cfg.batch, rank(), world(), share, partial(pack, cfg=cfg))
-    batches = data.Loader(batches, first, cfg, device)
-    encode, trunk = (common.compiled(f, cfg, device) for f in (model.encode, model.trunk))
-    w_gen, w_con = cfg.w_gen * (cfg.objective != "con"), cfg.w_con * (cfg.objective in ("lcl", "con"))
-    capacity = cfg.batch // world() * cfg.max_images         # images of a rank at most: the size that all ranks gather
-    log = common.Log(cfg, device, first, data.REASONS)
-
-    for step in range(first, cfg.steps):
-        model.clamp()
-        batch = log.next(batches)
-        with common.autocast(cfg, device):
-            tokens, latent = common.in_chunks(encode, cfg.micro, batch["images"])
-            x = model.embed(batch["ids"], batch["position"], batch["slots"], tokens)
-            x = common.in_chunks(lambda x, doc: trunk(x, same_document(doc) if cfg.pack else None), cfg.micro, x, batch["doc"])
-            x = F.pad(x.flatten(0, 1), (0, 0, 0, 1))         # padding looks one place behind the last row
-            # F.embedding: the gradient of x[...] on the CPU depends on its threads' order
-            context, logits = model.contexts(F.embedding(batch["soi"], x)), model.logits(F.embedding(batch["label_at"], x))
-        gen = F.cross_entropy(logits.float(), batch["labels"], ignore_index=-1, reduction="sum")
-        gen = gen * world() / common.total((batch["labels"] >= 0).sum())
-        pairs = (F.pad(y, (0, 0) * (y.ndim - 1) + (0, capacity - len(y))) for y in (unit(latent), context, batch["context"]))
-        con = contrast(*pairs, model.scale())
-        loss = w_gen * gen + w_con * con
-        terms, temperature = {"gen": gen, "con": con, **gauge(tokens, latent, batch["real"])}, 1 / model.scale().detach()
-        if model.regress:                                    # the arm that collapses: nothing keeps the target from becoming constant
-            with common.autocast(cfg, device):
-                guess = model.regress(F.embedding(batch["slots"] - 1, x))
-            error = (guess.float() - tokens.float()).square().mean((1, 2))
-            terms["reg"] = torch.where(batch["real"], error, 0).sum() * world() / common.total(batch["real"].sum())
-            loss = loss + terms["reg"]
-
-        # -- the same lines in every script, held together by tests/test_text.py --
-        for group in opt.param_groups:
-            group["lr"] = lr_at(step, cfg, peak)
-        opt.zero_grad(set_to_none=True)
-        with averaging(model.parameters()):                  # gradients become means over ranks while backward runs
-            loss.backward()
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)      # after averaging, or ranks drift apart; 0 = off
-        opt.step()
-        log.step(step, loss, terms, lr_at(step, cfg, peak), grad_norm, temperature)
-        if log.stop or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
-            log.settle()                                     # a checkpoint is written only after its own step was read clean
-            common.save(cfg, model, opt, step + 1, tokenizer.dumps(), log)
-        if cfg.eval_every > 0 and (step + 1) % cfg.eval_every == 0 and step + 1 < cfg.steps:
-            evaluation.evaluate(model, tokenizer, cfg, device)
-        if log.stop:
-            break
-        # -- end --
-
-    batches.close()
-    log.close()
-    if log.stop or cfg.eval_every < 0:
-        return {}
-    result = evaluation.evaluate(model, tokenizer, cfg, device)
-    result.update(draw(model, tokenizer, cfg, device))
-    evaluation.write(result, cfg)
-    return result
+@torch.no_grad()
+def text_around(model, tokenizer, document, k, cfg, device):
+    """Text before the k-th image of a document, what the model writes after it up to where it puts
+    the next image, and what follows in the document."""
+    ids = document["ids"]
+    soi_index = np.flatnonzero(ids == Tokenizer.SOI)[:k + 1]
+    start = soi_index[k]
+    end = start + len(model.image_ids)
+    images = torch.from_numpy(document["images"][:k + 1]).to(device)
+    with common.autocast(cfg.precision, device):
+        image_tokens, _ = model.encode(images)
+        x = model.embed(torch.from_numpy(ids[None, :end]).to(device),
+                        torch.arange(end, device=device),
+                        torch.from_numpy(soi_index).to(device), image_tokens)
+        written = model.generate_from(x, 40)[0].tolist()
+    if Tokenizer.SOI in written:
+        written = written[:written.index(Tokenizer.SOI)]
+    is_text = ids >= Tokenizer.FIRST_BYTE
+    before = ids[:start][is_text[:start]][-30:]
+    after = ids[end:][is_text[end:]][:30]
+    return [tokenizer.decode(x) for x in (before, written, after)]
 
 
 if __name__ == "__main__":
-    common.guard(lambda: main(common.parse(Config, DEMO, __doc__)))
+    common.run(main, Config, DEMO, __doc__)

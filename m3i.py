@@ -1,548 +1,840 @@
-"""M3I (arXiv 2211.09807): supervised, weakly supervised and self-supervised signals in one stage, one encoder pass, one loss.
+"""M3I (arXiv 2211.09807): supervised, weakly supervised and self-supervised targets in one stage.
 
-    python m3i.py                                                # trains on the built-in world, evaluates, draws
-    python m3i.py --data 'cc3m/*.tar' --labels imagenet/ --labels-share 0.5       # captioned and labelled shards in one batch
-    torchrun --standalone --nproc_per_node 8 m3i.py --data 'cc3m/*.tar' --size l
-    python m3i.py --size g --patch 14 --image-size 224 --dry-run # memory of a billion parameters
+    python m3i.py                                               # toy data: trains, evaluates, draws
+    python m3i.py --data 'cc3m/*.tar' --labels imagenet/ --val coco/ --size s     # your shards
+    torchrun --standalone --nproc_per_node 8 m3i.py --data 'cc3m/*.tar'
+    python m3i.py --data flickr/ --init runs/m3i/last.pt --keep 1 --lr 1e-5 --out runs/flickr
 
-Patches of two images a and b make one input. From what the encoder makes of its own patches, a must predict the features of the same view
-(intra), b those of another view of itself (inter), and both their caption (text) and category (class). Image targets come from a moving
-average of the encoder, without gradient. All are bounds on one quantity, I(input; target): regression assumes a Gaussian, softmax a Boltzmann
-distribution around the prediction. Each method below is a setting of this file (tests/test_m3i.py):
+Patches of two images, a and b, are mixed into one input. The tokens of image a's patches predict
+image a's hidden patches (intra-view); those of image b's predict another view of image b
+(inter-view); both predict their image's caption (text) and category (class). Each term bounds the
+mutual information of input and target: squared errors take the target to be Gaussian around its
+prediction, softmax losses take it to be one of a set of candidates.
 
-    supervised                    --labels ... --only class --keep 1
-    CutMix, supervised            --labels ... --only class --pool all         (labels weighted by the share of patches)
-    image-text contrast           --data ...   --only text --keep 1            (ALIGN's image-to-text half, without smoothing)
-    masked image modelling        --data ...   --only intra --target pixels    (masked patches show another image)
-    masked siamese modelling      --data ...   --only inter
+Reading order: random_view and relative_position (how two views of an image lie to each other), M3I
+(the model), losses (the method) with feature_loss, text_loss and labeled_cross_entropy, main.
 
-Read Config (what the run is), relative_position, M3I (the model), image_loss and softmax_loss, then main.
-Departures: the paper's section 3.1 items are confirmed, its equations, recipe and tables were not available to us. Mask ratio and unit, decoder,
-normalisation of targets, weights, temperature and schedule are ours or its sibling SiameseIM's, and so marked in Config.
+Special cases (tests/test_m3i.py compares each with a formula of its own):
+    supervised             --w-intra 0 --w-inter 0 --w-text 0 --keep 1
+    CutMix                 --w-intra 0 --w-inter 0 --w-text 0 --pool all
+    image-text contrast    --w-intra 0 --w-inter 0 --w-class 0 --keep 1
+    masked image modeling  --w-inter 0 --w-text 0 --w-class 0
+                           --target pixels --second-moment-weight 0
+    masked siamese         --w-intra 0 --w-text 0 --w-class 0
+CutMix takes random squares here, not one box; the contrast is ALIGN's image-to-text half; where the
+masked methods hide patches of an image, the encoder sees patches of the other.
 
-Dimension key: B mixtures of this rank = B images, L patches, K of them from image a, D width, T text tokens, C classes.
+Departures: the text of the paper after its introduction was not available to us. Confirmed are its
+Figure 1, the caption of its Figure 2, and that the text encoder has BERT-Base's architecture. All
+else is ours or that of its sibling SiameseIM (arXiv 2206.01204), as marked in Config. Differences
+from SiameseIM:
+- the encoder ends with a final norm; projector and decoder have 12 heads where SiameseIM has 16
+- its patch embedding and its positions are trained (there frozen; fixed sines and cosines)
+- the class token enters neither projector nor decoder
+- the blur is in proportion to the size of a view, as published at 224 pixels
+
+Dimension key: B mixed images of this rank, G of all ranks, S side of an image in pixels, U squares
+of a mask, L patches, K of them of one image, D width, P numbers of an image target (D, or those of
+a patch's pixels), T text tokens, E width of text, N classes, I held-out images.
 """
-import copy, math, weakref
+import copy
+import functools
+import math
 from dataclasses import dataclass, replace
-from functools import partial
 
-import common                    # before torch: it sets how OpenMP waits
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ImageEnhance, ImageFilter, ImageOps
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+import common
 import data
-import eval as evaluation
-from common import Block, TextTransformer, UserError, ViT, averaging, lr_at, print0, rank, run_blocks, unit, world
-
-TERMS = ("intra", "inter", "text", "class")
+from common import (Block, TextTransformer, UserError, ViT, all_gather, all_gather_with_grad,
+                    all_reduce_sum, at_least_float32, checkpointed_chunks, l2_normalize, rank,
+                    run_blocks, world_size)
 
 
 @dataclass
 class Config:
-    data: list = None            # captioned shards: files, folders, globs, {0..9} ranges; none of both = the built-in world
-    labels: list = None          # labelled shards, with classes.txt beside them
-    labels_share: float = 0.5    # ours: labelled images among the rows of a batch, where both are given
-    val: list = None             # held-out shards: with captions -> retrieval, with classes -> zero-shot, kNN, linear probe
-    out: str = "runs/m3i"        # checkpoints, log, results and pictures; a second start here resumes
-    fresh: bool = False          # start anew in --out
-    init: str = None             # file of timm-named encoder weights to start from; tells dim, depth, heads, patch unless they are given
-    # encoder and views
-    image_size: int = 224        # SiameseIM
-    scale: float = 0.2           # ours: least area of a view (SiameseIM 0.08 for 1600 epochs)
-    color: float = 1.0           # SiameseIM: jitter, grey, blur and solarise with their published strengths times this; 0 = none
-    patch: int = 16              # ours: ViT-B/16
-    size: str = None             # ti s b l h g: fills dim, depth, heads unless they are given
-    dim: int = 768               # ViT-B
-    depth: int = 12              # ViT-B
-    heads: int = 12              # ViT-B
-    cls: bool = True             # ours: takes part in attention only
-    flip: bool = True            # SiameseIM
+    # data and output
+    data: list = None  # captioned shards: files, folders, globs, {0..9} ranges; none = toy data
+    labels: list = None  # labeled shards, with classes.txt beside them
+    labels_share: float = 0.5  # ours: labeled images in a batch, where there are both
+    val: list = None  # held-out shards: captions -> retrieval, classes -> zero-shot, kNN, linear
+    out: str = "runs/m3i"  # checkpoint, log, results, pictures; a second start goes on here
+    fresh: bool = False  # start anew in --out
+    init: str = None  # weights to start from: a checkpoint, or an encoder under timm's names
+    # encoder
+    image_size: int = 224  # SiameseIM
+    patch: int = 16  # ViT-B/16
+    size: str = None  # ti s b l h 1b: sets dim, depth, heads
+    dim: int = 768  # ViT-B
+    depth: int = 12  # ViT-B
+    heads: int = 12  # ViT-B
+    # views
+    scale: float = 0.2  # ours: least area of a view; SiameseIM 0.08, for 1600 epochs
+    color: bool = True  # SiameseIM: jitter, gray, blur, solarize
+    flip: bool = True  # SiameseIM
     # mixture
-    keep: float = 0.5            # ours: share of patches from image a; 1 = no mixing, and no image b
-    unit: int = 2                # ours: mask unit in patches
-    block: int = 64              # ours: rows among which partners are sought, even; ranks hold whole blocks
-    p_plain: float = 0.0         # ours: share of steps that show image a whole; its partner has no part in them
-    pool: str = "own"            # ours: global targets are predicted from an image's own patches, or from all
+    keep: float = 0.5  # ours: share of patches from image a; 1 = no image b, no image terms
+    mask_unit: int = 2  # ours: side of the squares that are mixed, in patches
+    group: int = 64  # ours: partners are mirrored inside groups of rows; ranks hold whole groups
+    pool: str = "own"  # ours: text and class from an image's own patches (weight 2) or all (1)
     # image targets
-    target: str = "ema"          # SiameseIM: features of the averaged encoder; or pixels, normalised by patch (MAE)
-    momentum: float = 0.995      # SiameseIM: of the average, rising to 1 with a cosine
-    moment: float = 0.02         # SiameseIM: weight of the second-moment term, at width 768
-    projector_depth: int = 2     # SiameseIM
-    decoder_depth: int = 4       # SiameseIM
-    # text and category
-    context: int = 64            # ours, in tokens
-    vocab: str = None            # vocabulary file; none = train one on the first captions
-    vocab_size: int = 30_522     # ours: BERT's size
-    text_dim: int = 768          # paper: BERT-base
-    text_depth: int = 12         # paper: BERT-base
-    text_heads: int = 12         # paper: BERT-base
-    classes: int = 0             # counted in classes.txt
-    temperature: float = 0.07    # ours: initial value; its inverse is learned in log space, at most 100
+    target: str = "ema"  # SiameseIM: features of the EMA encoder; or pixels (MAE)
+    momentum: float = 0.995  # SiameseIM: of the EMA, rising to 1 with a cosine
+    second_moment_weight: float = 0.02  # SiameseIM, at width 768; at others try 15 / dim (ours)
+    projector_depth: int = 2  # SiameseIM
+    decoder_depth: int = 4  # SiameseIM
+    # text and class
+    context: int = 64  # ours, in tokens
+    vocab: str = None  # vocabulary file; none = train one on the first captions
+    vocab_size: int = 30_522  # ours: BERT's
+    text_dim: int = 768  # paper: BERT-Base
+    text_depth: int = 12  # paper: BERT-Base
+    text_heads: int = 12  # paper: BERT-Base
+    temperature: float = 0.07  # ours: initial value; the inverse is learned as a log, at most 100
+    classes: int = 0  # counted in classes.txt, not to be given
     # objective
-    w_intra: float = 1.0         # ours
-    w_inter: float = 1.0         # ours
-    w_text: float = 1.0          # ours
-    w_class: float = 1.0         # ours
-    only: str = None             # short cut: this term with its weight, the others with 0
-    balance: str = "none"        # ours: grad = weights such that all terms pull as hard on the encoder's output
-    # optimisation
-    batch: int = 4096            # SiameseIM, global
-    steps: int = 250_000         # ours
-    lr: float = 1.5e-4           # ours: base rate for 256 images, scaled by batch / 256
-    warmup: int = 10_000         # ours, in steps; at most a tenth of them
-    schedule: str = "cosine"     # SiameseIM; or linear
-    wd: float = 0.05             # SiameseIM
-    grad_clip: float = 1.0       # SiameseIM; 0 = off
-    seed: int = 0                # ours
+    w_intra: float = 1.0  # ours: weight of each term
+    w_inter: float = 1.0  # ours
+    w_text: float = 1.0  # ours
+    w_class: float = 1.0  # ours
+    # optimization
+    batch: int = 4096  # SiameseIM, global
+    steps: int = 250_000  # ours
+    lr: float = 1.5e-4  # ours: for 256 rows, scaled by batch / 256
+    warmup: int = 10_000  # ours, in steps; at most a tenth of them
+    wd: float = 0.05  # SiameseIM
+    grad_clip: float = 1.0  # SiameseIM; 0 = off
+    seed: int = 0  # ours
     # machine
-    micro: int = 0               # rows of a rank that the encoders take at a time, recomputed in backward; 0 = all
-    grad_checkpoint: bool = False  # recompute every block of the encoders in backward; the others' batch norms may run only once
-    precision: str = "auto"      # bf16 where the device computes in it, else fp32
-    compile: bool = None         # none = on for CUDA, off for CPU
-    workers: int = None          # loader processes of a rank; none = its cores less one
-    window: int = 64             # shards shuffled together
-    save_every: int = 1000       # ours
-    log_every: int = 10          # ours
-    eval_every: int = 0          # steps between evaluations; 0 = at the end, -1 = never
-    timeout: int = 600           # seconds a rank waits for the others
-    dry_run: bool = False        # print how much memory a step of a rank needs, and stop
+    micro: int = 0  # rows at a time through the encoders, recomputed in backward; 0 = all
+    grad_checkpoint: bool = False  # recompute every block of the encoders in backward
+    precision: str = "auto"  # auto: bf16 on CUDA, fp32 on the CPU
+    compile: bool = None  # none = on CUDA only
+    workers: int = None  # loader processes of a rank; none = its cores less one
+    save_every: int = 1000  # steps between checkpoints
+    log_every: int = 10  # steps between lines of the log
+    eval_every: int = 0  # steps between evaluations; 0 = at the end, -1 = never
+
+    method = "M3I"
+    # what --init takes from a checkpoint of this script
+    model_fields = ("image_size", "patch", "dim", "depth", "heads", "target", "projector_depth",
+                    "decoder_depth", "context", "vocab_size", "text_dim", "text_depth",
+                    "text_heads")
 
 
-# The built-in world on two CPU cores. Colours are what its captions name, so they stay; no flips, as captions say left and right.
-DEMO = dict(image_size=48, patch=8, dim=128, depth=3, heads=4, scale=0.6, color=0.0, flip=False, unit=1, block=8, moment=0.12, projector_depth=1,
-            decoder_depth=1, text_dim=64, text_depth=2, text_heads=2, context=24, vocab_size=512, momentum=0.99, batch=128, steps=400, lr=3e-3,
-            warmup=50, save_every=200)
+# Toy data on two CPU cores. Its captions name colors and say left and right: no color, no flip.
+DEMO = dict(
+    image_size=48, patch=8, dim=128, depth=3, heads=4, scale=0.6, color=False, flip=False,
+    mask_unit=1, group=8, second_moment_weight=0.12, momentum=0.99, projector_depth=1,
+    decoder_depth=1, text_dim=64, text_depth=2, text_heads=2, context=24, vocab_size=512,
+    batch=128, steps=400, lr=3e-3, warmup=50, save_every=100,
+)
 
 
 # ---- views ----
 
-def distort(image, rng, strength, second):
-    """SiameseIM's colours: jitter (0.4, 0.4, 0.2 times strength; hue is left out) in 80 % of views, grey in 20 %, blur in all first and a tenth of
-    second views, solarise in 20 % of second views."""
+def shift_hue(image, turn):
+    """Hue moved by `turn` of the color circle, -0.5 to 0.5."""
+    hue, saturation, value = image.convert("HSV").split()
+    shifted = np.asarray(hue) + np.uint8(round(255 * turn) % 256)  # wraps around at 256
+    return Image.merge("HSV", (Image.fromarray(shifted), saturation, value)).convert("RGB")
+
+
+def jitter(image, rng):
+    """torchvision's ColorJitter(0.4, 0.4, 0.2, 0.1): four changes in random order."""
+    for change in rng.permutation(["brightness", "contrast", "saturation", "hue"]):
+        if change == "brightness":
+            image = ImageEnhance.Brightness(image).enhance(rng.uniform(0.6, 1.4))
+        elif change == "contrast":
+            image = ImageEnhance.Contrast(image).enhance(rng.uniform(0.6, 1.4))
+        elif change == "saturation":
+            image = ImageEnhance.Color(image).enhance(rng.uniform(0.8, 1.2))
+        else:
+            image = shift_hue(image, rng.uniform(-0.1, 0.1))
+    return image
+
+
+def distort_colors(view, rng, second):
+    """SiameseIM's colors for a first or second view, after the crop."""
     if rng.random() < 0.8:
-        for how, most in ((ImageEnhance.Brightness, 0.4), (ImageEnhance.Contrast, 0.4), (ImageEnhance.Color, 0.2)):
-            image = how(image).enhance(1 + strength * most * rng.uniform(-1, 1))
-    if rng.random() < 0.2 * strength:
-        image = ImageOps.grayscale(image).convert("RGB")
-    if rng.random() < (0.1 if second else 1.0) * strength:
-        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2) * min(image.size) / 224))
-    return ImageOps.solarize(image, 128) if second and rng.random() < 0.2 * strength else image
+        view = jitter(view, rng)
+    if rng.random() < 0.2:
+        view = ImageOps.grayscale(view).convert("RGB")
+    blur_share = 0.1 if second else 1.0
+    if rng.random() < blur_share:
+        sigma = rng.uniform(0.1, 2.0) * view.width / 224  # published for 224 pixels
+        view = view.filter(ImageFilter.GaussianBlur(sigma))
+    if second and rng.random() < 0.2:
+        view = ImageOps.solarize(view)
+    return view
 
 
-def view(image, rng, cfg, second=False):
-    """A random view uint8 (3, S, S), and where it lies (row, column, height, width, flip, width of the image), in the flipped image's pixels."""
-    x, y, w, h = box = data.random_box(rng, *image.size, cfg.scale)
-    flip = bool(cfg.flip and rng.random() < 0.5)
-    image = distort(image, rng, cfg.color, second) if cfg.color else image
-    return data.crop(image, box, cfg.image_size, flip), np.array([y, image.width - x - w if flip else x, h, w, flip, image.width], np.float32)
+def random_view(image, rng, cfg, second=False):
+    """A random crop, uint8 (3, S, S), and its geometry, float32 (6,).
 
-
-def example(sample, rng, cfg, tokenizer):
-    """A training row: two views with their geometry, and a caption, a class (-1 = none), or both."""
-    captioned = sample.captioned()
-    tokens, valid = tokenizer.pad(sample.caption(rng) if captioned else "", cfg.context)
-    image = sample.image(near=round(cfg.image_size / cfg.scale ** 0.5))
-    (first, g1), (second, g2) = view(image, rng, cfg), view(image, rng, cfg, True)
-    label = sample.label() if "cls" in sample.members else -1
-    label = label if label < cfg.classes else -1
-    if label < 0 and not captioned:
-        raise data.Skip("no class")
-    return {"first": first, "second": second, "geometry": np.stack([g1, g2]), "tokens": tokens, "valid": valid, "has_text": np.bool_(captioned),
-            "label": np.int64(label)}
-
-
-def relative_position(source, target, grid, dim):
-    """Where the patches of a target view lie in a source view, as sines and cosines (B, L, 2 dim) (SiameseIM's formula).
-
-    source, target (B, 6): see view(). Rows and columns in the source's patches from its top left one, then log ratios of the views' sides.
+    The geometry: top, left, height and width of the crop in pixels, measured in the mirrored image
+    if the view is mirrored; 1 if it is, else 0; width of the image.
     """
-    i1, j1, h1, w1, f1, W = source.double().T[..., None]     # each (B, 1)
-    i2, j2, h2, w2, f2, _ = target.double().T[..., None]
-    k = torch.arange(grid, dtype=torch.float64, device=source.device) + 0.5
-    row = grid * (i2 - i1) / h1 + h2 / h1 * k - 0.5          # (B, grid)
-    col = torch.where(f1 == f2, grid * (j2 - j1) / w1 + w2 / w1 * k, grid * (W - j1 - j2) / w1 - w2 / w1 * k) - 0.5
-    row, col = row.repeat_interleave(grid, 1), col.repeat(1, grid)                               # (B, L)
-    parts = [row, col, (10 * (h2 / h1).log()).expand_as(row), (10 * (w2 / w1).log()).expand_as(col)]
-    omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64, device=source.device) / (dim / 4))
-    return torch.cat([wave for part in parts for wave in ((part[..., None] * omega).sin(), (part[..., None] * omega).cos())], 2)
+    x, y, w, h = data.random_box(rng, image.width, image.height, cfg.scale)
+    flip = cfg.flip and rng.random() < 0.5
+    size = (cfg.image_size, cfg.image_size)
+    view = image.resize(size, Image.BICUBIC, box=(x, y, x + w, y + h))
+    if cfg.color:
+        view = distort_colors(view, rng, second)
+    left = image.width - x - w if flip else x
+    geometry = np.array([y, left, h, w, flip, image.width], np.float32)
+    return data.to_chw(view, flip), geometry
 
 
-def masks(noise, grid, size, keep):
-    """(B, L) bool, True = the patch comes from image a: the same number in each row, in units of size x size patches. noise (B, units)."""
-    side = grid // size
-    chosen = noise.argsort(1).argsort(1) < int(side ** 2 * keep)
-    return chosen.view(-1, side, side).repeat_interleave(size, 1).repeat_interleave(size, 2).flatten(1)
+def relative_coordinates(source_geometry, target_geometry, grid):
+    """Where the patches of a target view lie in a source view of the same image (SiameseIM).
+
+    Geometries (B, 6) of random_view -> (B, L, 4): row and column of the center of each target
+    patch, in patches of the source, from the center of the source's top left patch; 10 times the
+    logarithms of the ratios of heights and of widths.
+    """
+    source_top, source_left, source_height, source_width, source_flip, full_width = (
+        source_geometry.double()[..., None].unbind(1))  # (B, 1) each
+    target_top, target_left, target_height, target_width, target_flip = (
+        target_geometry.double()[:, :5, None].unbind(1))
+    # centers of the target's patches in pixels of the image, mirrored if the source is
+    center = (torch.arange(grid, device=source_top.device) + 0.5).double() / grid
+    y = target_top + center * target_height  # (B, grid)
+    x = target_left + center * target_width
+    x = torch.where(source_flip == target_flip, x, full_width - x)
+
+    row = grid * (y - source_top) / source_height - 0.5
+    column = grid * (x - source_left) / source_width - 0.5
+    return torch.stack([
+        row.repeat_interleave(grid, 1),
+        column.repeat(1, grid),
+        10 * (target_height / source_height).log().expand(-1, grid**2),
+        10 * (target_width / source_width).log().expand(-1, grid**2),
+    ], 2)
 
 
-def pixels(own, patch):                                      # (B, L) by patch -> (B, 1, S, S) by pixel
-    side = math.isqrt(own.shape[1])
-    return own.view(-1, 1, side, side).repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+def relative_position(source_geometry, target_geometry, grid, dim):
+    """The relative coordinates as sines and cosines: (B, 6), (B, 6) -> (B, L, 2 D) (SiameseIM).
+
+    Of a view seen from itself, the first half is the plain two-dimensional position, rows first.
+    """
+    coordinates = relative_coordinates(source_geometry, target_geometry, grid).float()
+    omega = 10000.0 ** -(torch.arange(dim // 4, device=coordinates.device) / (dim / 4))
+    angle = coordinates[..., None] * omega  # (B, L, 4, D / 4)
+    return torch.stack([angle.sin(), angle.cos()], 3).flatten(2)
+
+
+# ---- mixture ----
+
+def mask_units(cfg):
+    """How many squares of mask_unit x mask_unit patches an image has, and how many show image a."""
+    n_units = (cfg.image_size // cfg.patch // cfg.mask_unit) ** 2
+    return n_units, int(cfg.keep * n_units + 1e-9)  # 0.29 * 100 is a little less than 29
+
+
+def random_mask(noise, mask_unit, n_a):
+    """Which patches of a mixture come from image a: (B, L) bool, n_a in each row.
+
+    noise (B, U): one number for each square; the squares of the lowest noise are of image a.
+    """
+    side = math.isqrt(noise.shape[1])
+    ranking = noise.argsort(1).argsort(1)  # 0 = lowest
+    mask = (ranking * mask_unit**2 < n_a).view(-1, side, side)
+    return mask.repeat_interleave(mask_unit, 1).repeat_interleave(mask_unit, 2).flatten(1)
+
+
+def to_pixels(mask, patch):
+    """(B, L) by patch -> (B, 1, S, S) by pixel."""
+    grid = math.isqrt(mask.shape[1])
+    mask = mask.view(-1, 1, grid, grid)
+    return mask.repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+
+
+def mix(images, mask, cfg):
+    """(B, 3, S, S), (B, L) -> each row's image where its mask is True, elsewhere its partner's."""
+    return torch.where(to_pixels(mask, cfg.patch), images, common.partner(images, cfg.group))
 
 
 # ---- model ----
 
-class _Total(torch.autograd.Function):
-    forward = staticmethod(lambda ctx, x: common.total(x))
-    backward = staticmethod(lambda ctx, grad: common.total(grad))    # every rank's loss depends on every rank's rows
-
-
 class BatchNorm(nn.Module):
-    """Batch normalisation over the rows and tokens of all ranks, in float32, without running statistics (SiameseIM's, in train mode)."""
+    """Batch normalization over the rows and tokens of all ranks, in float32 (SiameseIM).
+
+    There are no running statistics: nothing that has this layer is used outside training.
+    """
+
     def __init__(self, dim):
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
 
-    def forward(self, x):                                    # (B, L, D)
-        x = x.to(self.weight.dtype)
-        first, second = _Total.apply(torch.stack([x.mean((0, 1)), x.square().mean((0, 1))])) / world()      # ranks hold equally many rows
-        return (x - first) * (second - first.square() + 1e-5).rsqrt() * self.weight + self.bias
+    def forward(self, x):  # (B, L, D)
+        x = at_least_float32(x)
+        # means over ranks, which have equally many rows
+        mean = all_gather_with_grad(x.mean((0, 1))[None]).mean(0)
+        x = x - mean  # before the square: in float32 the mean of x^2 less mean^2 cancels
+        variance = all_gather_with_grad(x.square().mean((0, 1))[None]).mean(0)
+        return x * (variance + 1e-5).rsqrt() * self.weight + self.bias
 
 
 def blocks_with_batch_norm(dim, heads, depth):
     blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
     blocks.apply(common.init_weights)
     for block in blocks:
-        block.norm1, block.norm2 = BatchNorm(dim), BatchNorm(dim)
+        block.norm1 = BatchNorm(dim)
+        block.norm2 = BatchNorm(dim)
     return blocks
 
 
 class Projector(nn.Module):
-    """Encoder tokens -> tokens for the decoder, or image targets."""
+    """Encoder tokens (B, K, D) -> tokens for the decoder, or features that are image targets."""
+
     def __init__(self, dim, heads, depth):
         super().__init__()
         self.embed = nn.Linear(dim, dim)
         common.init_weights(self.embed)
         self.blocks = blocks_with_batch_norm(dim, heads, depth)
 
-    def forward(self, z):                                    # (B, L, D) -> (B, L, D)
-        return run_blocks(self.blocks, self.embed(z))
+    def forward(self, tokens):
+        return run_blocks(self.blocks, self.embed(tokens))
 
 
 class Decoder(nn.Module):
-    """Own tokens of an image and a mask token for each target patch, which knows its place relative to the input view -> target features."""
-    def __init__(self, dim, heads, depth, out_dim):
+    """Predicts a target view from visible tokens and one mask token for each target patch."""
+
+    def __init__(self, grid, dim, heads, depth, target_dim):
         super().__init__()
-        self.place = nn.Linear(2 * dim, dim)
+        self.grid = grid
+        self.pos_proj = nn.Linear(2 * dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.blocks = blocks_with_batch_norm(dim, heads, depth)
-        self.out = nn.Linear(dim, out_dim)
-        for part in (self.place, self.out):
-            common.init_weights(part)
+        self.out = nn.Linear(dim, target_dim)
+        common.init_weights(self.pos_proj)
+        common.init_weights(self.out)
         nn.init.normal_(self.mask_token, std=0.02)
+        column, row = common.sincos_positions(grid, dim).chunk(2, 1)
+        source_pos = torch.cat([row, column], 1)  # (L, D), rows first as in relative_position
+        self.register_buffer("source_pos", source_pos, persistent=False)
 
-    def forward(self, tokens, own, k, source, target, grid):     # (B, L, D), (B, L) bool with k in each row, (B, 6), (B, 6) -> (B, L, out)
-        dim = tokens.shape[2]
-        ids = own.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :k, None].expand(-1, -1, dim)
-        here, there = (relative_position(source, view, grid, dim).to(self.mask_token.dtype) for view in (source, target))
-        asked = self.mask_token + self.place(there)
-        x = torch.cat([(tokens + here[..., :dim]).gather(1, ids), asked.to(here.dtype)], 1)
-        return self.out(run_blocks(self.blocks, x)[:, -asked.shape[1]:])
+    def forward(self, tokens, ids, source_geometry, target_geometry):
+        """tokens (B, K, D) of the patches ids (B, K) of the source view -> (B, L, P)."""
+        K, dim = tokens.shape[1:]
+        source_pos = F.embedding(ids, self.source_pos)  # (B, K, D)
+        target_pos = relative_position(source_geometry, target_geometry, self.grid, dim)
+        mask_tokens = self.mask_token + self.pos_proj(target_pos.to(self.mask_token.dtype))
+        x = torch.cat([tokens + source_pos, mask_tokens], 1)  # (B, K + L, D)
+        return self.out(run_blocks(self.blocks, x)[:, K:])
+
+
+class TextEncoder(nn.Module):
+    """Captions -> unit vectors: a transformer and the mean over the tokens of the text (paper)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.transformer = TextTransformer(
+            cfg.vocab_size, cfg.context, cfg.text_dim, cfg.text_depth, cfg.text_heads, causal=False,
+            grad_checkpoint=cfg.grad_checkpoint)
+
+    def forward(self, tokens, valid):  # (B, T), (B, T) -> (B, E)
+        return l2_normalize(masked_mean(self.transformer(tokens, valid), valid))
+
+
+def masked_mean(x, mask):
+    """(B, L, D), (B, L) bool -> (B, D): mean of the tokens where mask is True, in float32."""
+    x = at_least_float32(x)
+    return (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+
+def mlp(dim, out_dim):
+    layers = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, out_dim))
+    return layers.apply(common.init_weights)
 
 
 class M3I(nn.Module):
+    """The encoder, and for each term whose weight is not 0 the parts that it needs."""
+
     def __init__(self, cfg):
         super().__init__()
-        self.vision = ViT(cfg.image_size, cfg.patch, cfg.dim, cfg.depth, cfg.heads, cls=cfg.cls,
-                          mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))                 # ImageNet's
-        self.text = TextTransformer(cfg.vocab_size, cfg.context, cfg.text_dim, cfg.text_depth, cfg.text_heads, causal=False)
-        self.vision.recompute = self.text.recompute = cfg.grad_checkpoint
-        self.grid, self.ema = self.vision.grid, cfg.target == "ema"
-        if self.grid % cfg.unit:
-            raise UserError(f"--unit {cfg.unit} does not divide the grid of {self.grid} patches: try {math.gcd(self.grid, cfg.unit)}")
-        head = lambda out: nn.Sequential(nn.Linear(cfg.dim, cfg.dim), nn.GELU(), nn.Linear(cfg.dim, out))
-        self.text_head, self.log_scale = head(cfg.text_dim), nn.Parameter(torch.tensor(-math.log(cfg.temperature)))
-        self.class_head = nn.Sequential(head(cfg.dim), nn.Linear(cfg.dim, cfg.classes)) if cfg.classes else None
-        for part in [self.text_head] + [self.class_head] * bool(cfg.classes):
-            part.apply(common.init_weights)
-        self.projector = Projector(cfg.dim, cfg.heads, cfg.projector_depth)
-        self.decoder = Decoder(cfg.dim, cfg.heads, cfg.decoder_depth, cfg.dim if self.ema else 3 * cfg.patch ** 2)
-        if self.ema:
-            self.average = copy.deepcopy(nn.ModuleList([self.vision, self.projector])).requires_grad_(False)
-        self.register_buffer("pull", torch.zeros(len(TERMS)))    # --balance: average gradient norms, kept in the checkpoint
+        self.vision = ViT(cfg.image_size, cfg.patch, cfg.dim, cfg.depth, cfg.heads,
+                          mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),  # ImageNet's
+                          grad_checkpoint=cfg.grad_checkpoint)
+        grid = self.vision.grid
+        self.n_units, units_of_a = mask_units(cfg)
+        self.n_a = cfg.mask_unit**2 * units_of_a  # patches of image a in each mixture
+        self.n_b = grid**2 - self.n_a  # of image b
 
-    def encoders(self):
-        """Images (B, 3, S, S) -> tokens (B, L, D), online and, where the targets need it, averaged."""
-        return [vision.patch_tokens for vision in (self.vision, *([self.average[0]] if self.ema else []))]
+        self.has_text = cfg.w_text > 0
+        if self.has_text:
+            self.encode_text = TextEncoder(cfg)
+            self.text_head = mlp(cfg.dim, cfg.text_dim)
+            self.log_scale = nn.Parameter(torch.tensor(-math.log(cfg.temperature)))
+        if cfg.w_class > 0:
+            # Figure 1: an MLP, then its products with the embeddings of the categories
+            class_embeddings = nn.Linear(cfg.dim, cfg.classes)
+            common.init_weights(class_embeddings)
+            self.class_head = nn.Sequential(mlp(cfg.dim, cfg.dim), class_embeddings)
 
-    @torch.no_grad()
-    def follow(self, momentum):
-        for slow, fast in zip(self.average.parameters(), [*self.vision.parameters(), *self.projector.parameters()]):
-            slow.lerp_(fast, 1 - momentum)
-
-    @torch.no_grad()
-    def targets(self, images, encode, micro):                # (B, 3, S, S) -> (B, L, D), each of zero mean and unit deviation
-        if not self.ema:
-            return common.normalised(self.vision.patches(images))[0]
-        z = self.average[1](common.in_chunks(encode, micro, images))
-        return F.layer_norm(z.to(torch.promote_types(z.dtype, torch.float32)), [z.shape[2]])
-
-    def mean(self, x, own):                                  # (B, L, D), (B, L) bool -> (B, D): mean of those tokens, in float32 at least
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        return (x * own[..., None]).sum(1) / own.sum(1, keepdim=True)
+        has_image_terms = cfg.w_intra > 0 or cfg.w_inter > 0
+        self.has_ema = has_image_terms and cfg.target == "ema"
+        if has_image_terms:
+            target_dim = cfg.dim if self.has_ema else 3 * cfg.patch**2
+            self.projector = Projector(cfg.dim, cfg.heads, cfg.projector_depth)
+            self.decoder = Decoder(grid, cfg.dim, cfg.heads, cfg.decoder_depth, target_dim)
+        if self.has_ema:
+            self.ema_encoder = copy.deepcopy(self.vision).requires_grad_(False)
+            self.ema_projector = copy.deepcopy(self.projector).requires_grad_(False)
 
     @torch.no_grad()
-    def clamp(self):                                         # at the top of a step: beyond the bound there would be no gradient back
-        self.log_scale.clamp_(max=math.log(100))
+    def update_ema(self, momentum):
+        """EMA weights = momentum * EMA weights + (1 - momentum) * weights, where there are any."""
+        if not self.has_ema:
+            return
+        weights = [*self.vision.parameters(), *self.projector.parameters()]
+        ema_weights = [*self.ema_encoder.parameters(), *self.ema_projector.parameters()]
+        for w, ema in zip(weights, ema_weights):
+            ema.lerp_(w, 1 - momentum)
 
-    def scale(self):
-        return self.log_scale.clamp(max=math.log(100)).exp()     # clamped for readers of a checkpoint, which is written after a step
+    @torch.no_grad()
+    def clamp_scale(self):
+        """The logit scale is at most 100 (CLIP)."""
+        if self.has_text:
+            self.log_scale.clamp_(max=math.log(100))
 
-    def encode_image(self, images):                          # (B, 3, S, S) -> (B, E) unit
-        return unit(self.text_head(self.vision.patch_tokens(images).mean(1)))
+    @torch.no_grad()
+    def targets(self, images, encode_ema, micro):
+        """(B, 3, S, S) -> image targets (B, L, P): mean 0, deviation 1 (flat pixel patches: 0)."""
+        if not self.has_ema:
+            return common.normalize_patches(self.vision.patchify(images))[0]
+        features = self.ema_projector(checkpointed_chunks(encode_ema, micro, images))
+        return F.layer_norm(at_least_float32(features), [features.shape[2]])
 
-    def encode_text(self, tokens, valid):                    # (B, T) -> (B, E) unit
-        return unit(self.mean(self.text(tokens, valid), valid))
+    def predict(self, tokens, visible, n_visible, source_geometry, target_geometry):
+        """What an image's own patches in a mixture predict of a target view, (B, L, P).
+
+        tokens (B, L, D) of the mixture. visible (B, L) bool: the image's patches, n_visible in each
+        row. source_geometry, target_geometry (B, 6): of random_view.
+        """
+        ids = visible.logical_not().argsort(dim=1, stable=True)[:, :n_visible]  # (B, K)
+        own_tokens = tokens.gather(1, ids[..., None].expand(-1, -1, tokens.shape[2]))
+        return self.decoder(self.projector(own_tokens), ids, source_geometry, target_geometry)
+
+    def encode_image(self, images):
+        """(B, 3, S, S) -> the mean patch (B, D), with text its text_head (B, E); unit length."""
+        pooled = self.vision.patch_tokens(images).mean(1)
+        if self.has_text:
+            pooled = self.text_head(pooled)
+        return l2_normalize(pooled)
+
+    def held_out_view(self, image):
+        """The largest central square (ours; SiameseIM: 224 of 256 pixels)."""
+        return data.center_crop(image, self.vision.image_size)
+
+    def load_state_dict(self, state, **options):
+        """As usual; but parts that this run's terms do not need, say a decoder, are left out."""
+        own = self.state_dict()
+        return super().load_state_dict({name: x for name, x in state.items() if name in own},
+                                       **options)
 
 
-Model = M3I
+# ---- objective: the mean of the ranks' values is the loss ----
 
+def feature_loss(pred, target, loss_mask, second_moment_weight):
+    """mean |p - t|^2 / P + second_moment_weight * mean p^T C p / P, C = mean t t^T (SiameseIM).
 
-# ---- objective ----
-
-def image_loss(pred, target, scored, moment):
-    """Squared error by dimension over the scored patches of all ranks, plus moment times p'Cp, C the targets' second moment (SiameseIM). 1 for a
-    prediction of 0. pred, target (B, L, D); scored (B, L), as many on every rank. Returns this rank's share."""
-    pred, weight = pred.to(target.dtype), scored[..., None].to(target.dtype)
-    count = weight.sum() * target.shape[2]
-    seen = (target * weight).flatten(0, 1)
-    C = common.total(seen.T @ seen) / (world() * weight.sum())
-    return ((pred - target).square() * weight).sum() / count + moment * ((pred @ C) * pred * weight).sum() / count
-
-
-def softmax_loss(logits, labels, weight=None):
-    """Cross-entropy of the rows with a label (not -1), over how many all ranks have (0 if none has). logits (B, C). Returns this rank's share."""
-    losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=-1)
-    return (losses if weight is None else losses * weight).sum() * world() / common.total((labels >= 0).sum()).clamp(min=1)
-
-
-def text_loss(images, texts, has_text, mine, scale, weight=None):
-    """Each image among the texts of all ranks (paper, Figure 1; InfoNCE, images to texts). images, texts (B, E) unit; mine (B,): this rank's row of
-    each image's text; has_text (B,) of the texts. Returns this rank's share."""
-    there = common.all_gather(has_text)
-    logits = (scale * images @ common.gather(texts).T).masked_fill(~there, torch.finfo(images.dtype).min)
-    return softmax_loss(logits, (rank() * len(texts) + mine).where(has_text[mine], -1), weight)
-
-
-def losses(model, batch, own, k, cfg, encode, slow=None):
-    """One pass over the mixtures: {term: this rank's share}, the encoder's output z (B, L, D), {name: gauge of the image targets}.
-
-    own (B, L): patches that show image a, k in each row; k = L is a plain step, which has no image b. encode, slow: model.encoders(), maybe compiled.
+    p and t are the prediction and the target of a patch; means are over the scored patches of all
+    ranks. The second moment C of the targets keeps predictions, and with them later targets, from
+    crowding into few directions. A prediction of 0 costs 1 (less if there are flat pixel patches).
+    pred, target (B, L, P). loss_mask (B, L): scored patches, equally many on every rank.
     """
-    (B, L), device, weights, found, gauges = own.shape, own.device, term_weights(cfg), [], {}
-    other = partial(common.partner, block=cfg.block)
-    rows = torch.arange(B, device=device)
-    images = [(own, rows, None), (~own, other(rows), None)][:1 + (k < L)]                        # (patches, row of caption and class, weight)
-    if cfg.pool == "all":                                    # as CutMix: one description for both images, each with its share of patches
-        images = [(torch.ones_like(own), mine, shown.float().mean(1)) for shown, mine, _ in images]
-    with common.autocast(cfg, device):
-        z = common.in_chunks(encode, cfg.micro, torch.where(pixels(own, cfg.patch), batch["first"], other(batch["first"])))
-        if k < L and weights["intra"] + weights["inter"]:
-            projected, (g1, g2) = model.projector(z), batch["geometry"].unbind(1)
-            if weights["intra"]:                             # hidden patches only: the visible ones need no prediction
-                found.append(("intra", model.decoder(projected, own, k, g1, g1, model.grid), model.targets(batch["first"], slow, cfg.micro), ~own))
-            if weights["inter"]:
-                found.append(("inter", model.decoder(projected, ~own, L - k, other(g1), other(g2), model.grid),
-                              other(model.targets(batch["second"], slow, cfg.micro)), torch.ones_like(own)))
-        pooled = [model.mean(z, shown) for shown, _, _ in images]
-        if weights["text"]:
-            texts = common.in_chunks(model.encode_text, cfg.micro, batch["tokens"], batch["valid"])
-            seen = [unit(model.text_head(x)) for x in pooled]
-        logits = [model.class_head(x) for x in pooled] if weights["class"] else []
-    terms = {name: image_loss(pred, target, scored, cfg.moment) for name, pred, target, scored in found}
-    if weights["text"]:
-        terms["text"] = sum(text_loss(x, texts, batch["has_text"], mine, model.scale(), share) for x, (_, mine, share) in zip(seen, images))
-    if logits:
-        logits = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in logits]
-        terms["class"] = sum(softmax_loss(x, batch["label"][mine], share) for x, (_, mine, share) in zip(logits, images))
-    for _, _, target, _ in found[-1:]:                       # over the tokens of all ranks; each has unit deviation by itself
-        gauges["target_std"] = (1 - (common.total(target.mean((0, 1))) / world()).square().mean()).clamp(min=0).sqrt()
-    return terms, z, gauges
+    with torch.autocast(pred.device.type, enabled=False):  # no product in bfloat16
+        pred = pred.to(target.dtype)
+        weight = loss_mask[..., None].to(target.dtype)  # (B, L, 1)
+        n = weight.sum()
+        scored = (target * weight).flatten(0, 1)  # (B * L, P), 0 where not scored
+        C = all_reduce_sum(scored.T @ scored) / (world_size() * n)  # (P, P)
+        squared_error = ((pred - target).square() * weight).sum() / n
+        second_moment = ((pred @ C) * pred * weight).sum() / n
+        return (squared_error + second_moment_weight * second_moment) / target.shape[2]
 
 
-def term_weights(cfg):
-    """Weight of each term; 0 where --only names another, or where there are no captions or classes."""
-    there = {"text": bool(cfg.data), "class": cfg.classes > 0}
-    return {t: getattr(cfg, f"w_{t}") * (cfg.only in (None, t)) * there.get(t, True) for t in TERMS}
+def text_loss(image, text, has_text, text_row, logit_scale):
+    """Softmax cross-entropy of each image against the texts of all ranks (paper, Figure 1).
+
+    image, text (B, E): unit length. has_text (B,): False where a row of `text` is no caption.
+    text_row (B,): the row of each image's caption. logit_scale: 0-dim factor of the cosines.
+    """
+    with torch.autocast(image.device.type, enabled=False):  # no product in bfloat16
+        logits = logit_scale * image @ all_gather_with_grad(text).T  # (B, G)
+    logits = logits.masked_fill(~all_gather(has_text), torch.finfo(logits.dtype).min)
+    labels = rank() * len(text) + text_row
+    return labeled_cross_entropy(logits, labels.where(has_text[text_row], -1))
 
 
-def balanced(model, terms, z, step, weights):
-    """Weights times the ratio of the first term's pull on z to each term's (ours): measured when a term first pulls, and every 100 steps."""
-    for k, name in enumerate(TERMS):
-        if name in terms and (step % 100 == 0 or model.pull[k] == 0):
-            pull = common.total(torch.autograd.grad(terms[name], z, retain_graph=True)[0].square().sum()).sqrt()
-            model.pull[k].lerp_(pull, 0.5 if model.pull[k] > 0 else 1.0)
-    first = next((pull for pull in model.pull if pull > 0), 1)   # also on a plain step, or the scale of the loss would jump
-    return {name: weights[name] * (first / model.pull[k] if model.pull[k] > 0 else 1) for k, name in enumerate(TERMS) if name in terms}
+def labeled_cross_entropy(logits, labels):
+    """Softmax cross-entropy, the mean over the rows of all ranks that have a label; 0 if none has.
+
+    logits (B, N). labels (B,): -1 = none.
+    """
+    total = F.cross_entropy(at_least_float32(logits), labels, ignore_index=-1, reduction="sum")
+    n = all_reduce_sum((labels >= 0).sum())
+    return world_size() * total / n.clamp(min=1)
 
 
 @torch.no_grad()
-def draw(model, tokenizer, cfg, device):
-    """out/curves.png; out/views.png: sources with their views, mixture, and where the target view lies in the input view; out/neighbours.png:
-    held-out images and those nearest to them by pooled tokens."""
-    index, title = evaluation.held_out(cfg)
-    images, _, ids = evaluation.read(index, lambda s: None, model)
-    features = evaluation.collect(evaluation.in_batches(lambda x: unit(model.vision.patch_tokens(x).mean(1)), cfg, device, images))
-    ids = evaluation.collect(ids)
-    if rank():
-        return
-    shown = [t for t, weight in term_weights(cfg).items() if weight]
-    shown += ["target_std"] * bool({"intra", "inter"} & set(shown))
-    evaluation.curves(f"{cfg.out}/log.jsonl", f"{cfg.out}/curves.png", ["loss", *shown, "grad_norm"], f"M3I, {cfg.steps} steps of {cfg.batch}")
-    cells, near = [], features @ features.T
-    for i in torch.linspace(0, len(ids) - 1, 8).long().tolist():
-        best = [i] + [j for j in near[i].topk(6).indices.tolist() if j != i][:5]
-        cells += [(index[ids[j]].image(), "" if j == i else f"{near[i, j]:.2f}", None) for j in best]
-    evaluation.sheet(cells, f"{cfg.out}/neighbours.png", 6, f"{title.capitalize()}: image (left) and its five nearest", 112)
-    rng, cells = data.rng_for(6, cfg.seed), []
-    for a, b in torch.linspace(0, len(ids) - 1, 8).long().view(4, 2).tolist():
-        left, right = index[ids[a]].image(), index[ids[b]].image()
-        views = view(left, rng, cfg), view(right, rng, cfg), view(right, rng, cfg, True)
-        (va, ga), (vb, gb), (target, gt) = ((torch.tensor(x), place) for x, place in views)
-        own = masks(torch.rand(1, (model.grid // cfg.unit) ** 2, generator=common.generator(cfg.seed, a)), model.grid, cfg.unit, cfg.keep)
-        up = pixels(own, cfg.patch)[0, 0]
-        mixture = torch.where(up, va, vb)
-        cells += [(evaluation.overlay(left, [box(ga, "input")]), "image a", None), (evaluation.overlay(mixture, up.long()), "patches of a", None),
-                  (mixture, "mixture", None), (evaluation.overlay(right, [box(gb, "input"), box(gt, "target")]), "image b", None),
-                  (evaluation.overlay(vb, [seen_from(gb, gt, cfg.image_size)]), "target in input view", None),
-                  (target, "b's target view", None)]
-    evaluation.sheet(cells, f"{cfg.out}/views.png", 6, f"{title.capitalize()}: what is made of two images", 128)
+def target_std(target):
+    """Deviation of image targets (B, L, P) from their mean over all ranks: 1 = free, 0 = collapsed.
+
+    Features have a mean square of 1, so that the variance is 1 less the mean target's square. With
+    pixel targets it is an upper bound: flat patches are 0.
+    """
+    mean = all_reduce_sum(target.mean((0, 1))) / world_size()
+    return (1 - mean.square().mean()).clamp(min=0).sqrt()
 
 
-def box(g, text):
-    """Geometry of a view -> its box in the image as it was before flipping."""
-    return {"x": g[5] - g[1] - g[3] if g[4] else g[1], "y": g[0], "w": g[3], "h": g[2], "text": text}
+def images_in_mixture(tokens, mask, cfg):
+    """[(mean token (B, D) that predicts the text and class of an image, its row (B,), weight)]
+
+    From their own patches, both images count in full, so that a term weighs 2; else it weighs 1.
+    """
+    row_a = torch.arange(len(mask), device=mask.device)
+    if cfg.keep == 1:
+        return [(masked_mean(tokens, mask), row_a, 1.0)]
+    row_b = common.partner(row_a, cfg.group)
+    if cfg.pool == "own":
+        return [(masked_mean(tokens, mask), row_a, 1.0), (masked_mean(tokens, ~mask), row_b, 1.0)]
+    pooled = at_least_float32(tokens).mean(1)  # of all patches, as CutMix
+    share_a = mask.float().mean()
+    return [(pooled, row_a, share_a), (pooled, row_b, 1 - share_a)]
 
 
-def seen_from(source, target, size):
-    """Box of the target view in pixels of the source view: where relative_position() puts its outer edges."""
-    x = target[1] if source[4] == target[4] else source[5] - target[1] - target[3]
-    return {"x": size * (x - source[1]) / source[3], "y": size * (target[0] - source[0]) / source[2], "w": size * target[3] / source[3],
-            "h": size * target[2] / source[2], "text": "target"}
+def losses(model, batch, mask, cfg, encode, encode_ema):
+    """M3I's terms from one encoder pass over mixed images, and metrics: {name: 0-dim tensor} each.
+
+    batch: rows of example(). mask (B, L): True where a mixture shows image a, that of its own row,
+    in model.n_a patches; False where it shows image b, that of the partner's row.
+    encode, encode_ema: images (B, 3, S, S) -> patch tokens (B, L, D), of the encoder and its EMA.
+    """
+    partner = functools.partial(common.partner, group=cfg.group)
+    input_geometry, other_geometry = batch["geometry"].unbind(1)  # (B, 6) each
+    terms = {}
+    metrics = {}
+
+    tokens = checkpointed_chunks(encode, cfg.micro, mix(batch["first"], mask, cfg))  # (B, L, D)
+
+    # intra-view: image a's visible patches predict its hidden patches, in the same view
+    if cfg.w_intra > 0:
+        pred = model.predict(tokens, mask, model.n_a, input_geometry, input_geometry)
+        target = model.targets(batch["first"], encode_ema, cfg.micro)
+        terms["intra"] = feature_loss(pred, target, ~mask, cfg.second_moment_weight)
+
+    # inter-view: image b's visible patches predict every patch of its other view
+    if cfg.w_inter > 0:
+        pred = model.predict(tokens, ~mask, model.n_b,
+                             partner(input_geometry), partner(other_geometry))
+        target = partner(model.targets(batch["second"], encode_ema, cfg.micro))
+        terms["inter"] = feature_loss(pred, target, torch.ones_like(mask), cfg.second_moment_weight)
+
+    if cfg.w_intra > 0 or cfg.w_inter > 0:
+        metrics["target_std"] = target_std(target)  # of the last term's
+
+    # text: the patches of image a predict its caption among those of all ranks, and so for b
+    if cfg.w_text > 0:
+        text = checkpointed_chunks(model.encode_text, cfg.micro, batch["tokens"], batch["valid"])
+        logit_scale = model.log_scale.exp()
+        metrics["temperature"] = 1 / logit_scale
+        terms["text"] = 0
+        for pooled, row, weight in images_in_mixture(tokens, mask, cfg):
+            image = l2_normalize(model.text_head(pooled))  # (B, E)
+            terms["text"] += weight * text_loss(image, text, batch["has_text"], row, logit_scale)
+
+    # class: the patches of image a predict its class, and so for b
+    if cfg.w_class > 0:
+        terms["class"] = 0
+        for pooled, row, weight in images_in_mixture(tokens, mask, cfg):
+            terms["class"] += weight * labeled_cross_entropy(
+                model.class_head(pooled), batch["label"][row])
+
+    return terms, metrics
+
+
+# ---- training ----
+
+def example(sample, rng, cfg, tokenizer):
+    """A training row: two views, and a caption, a class number (-1 = none), or both."""
+    has_text = sample.has_caption()
+    text = sample.caption(rng) if has_text else ""
+    label = sample.label() if sample.has_label() else -1
+    if label >= cfg.classes:  # captioned shards may have classes that classes.txt does not name
+        label = -1
+    if label < 0 and not has_text:
+        raise data.Skip("no class" if cfg.classes else "no caption")
+    image = sample.image(min_size=round(cfg.image_size / cfg.scale**0.5))
+    first, first_geometry = random_view(image, rng, cfg)
+    second, second_geometry = random_view(image, rng, cfg, second=True)
+    tokens, valid = tokenizer.pad(text, cfg.context)
+    return {
+        "first": first,
+        "second": second,
+        "geometry": np.stack([first_geometry, second_geometry]),  # (2, 6)
+        "tokens": tokens,
+        "valid": valid,
+        "has_text": np.bool_(has_text),
+        "label": np.int64(label),
+    }
+
+
+def class_names(cfg):
+    """The lines of classes.txt beside the labeled shards; [] without such shards."""
+    if not cfg.labels:
+        return []
+    names = data.read_lines_near(data.expand(cfg.labels), "classes.txt", "classnames.txt")
+    if names is None:
+        raise UserError(f"--labels {cfg.labels[0]}: no classes.txt beside the shards or one folder "
+                        "up: write one, the name of class 0 in its first line")
+    return names
 
 
 def check(cfg):
-    for name, allowed in (("only", (None, *TERMS)), ("pool", ("own", "all")), ("target", ("ema", "pixels")), ("balance", ("none", "grad"))):
-        if getattr(cfg, name) not in allowed:
-            raise UserError(f"--{name} {getattr(cfg, name)}: choose {', '.join(filter(None, allowed))}")
-    if not 0 < cfg.keep <= 1 or not 0 <= cfg.p_plain <= 1:
-        raise UserError(f"--keep {cfg.keep} --p-plain {cfg.p_plain}: shares lie between 0 and 1, and an image keeps something")
-    weights = term_weights(cfg)
-    if not weights["text"] + weights["class"] + (weights["intra"] + weights["inter"]) * (cfg.keep < 1 and cfg.p_plain == 0):
-        raise UserError("nothing to learn: image terms need a mixture in every step (--keep below 1, --p-plain 0) or another term beside them, text "
-                        "needs --data, class needs --labels with classes.txt")
+    """UserError for values that do not exist or do not fit together."""
+    if cfg.pool not in ("own", "all"):
+        raise UserError(f"--pool {cfg.pool}: choose own or all")
+    if cfg.target not in ("ema", "pixels"):
+        raise UserError(f"--target {cfg.target}: choose ema or pixels")
+    for name in ("keep", "scale", "labels_share"):
+        if getattr(cfg, name) > 1:
+            raise UserError(f"{common.flag(name)} {getattr(cfg, name)}: a share is at most 1")
+    for name in ("group", "mask_unit"):
+        if getattr(cfg, name) == 0:
+            raise UserError(f"{common.flag(name)} 0: at least 1 is needed")
+    grid = cfg.image_size // cfg.patch
+    if grid % cfg.mask_unit:
+        raise UserError(f"--mask-unit {cfg.mask_unit} does not divide the grid of {grid} patches: "
+                        f"try {math.gcd(grid, cfg.mask_unit)}")
+    n_units, units_of_a = mask_units(cfg)
+    if units_of_a == 0:
+        at_least = math.ceil(1000 / n_units) / 1000
+        raise UserError(f"--keep {cfg.keep} of {n_units} mask units is none: "
+                        f"at least {at_least:.3f} is needed")
 
 
-class Peak(TorchDispatchMode):
-    """Counts the bytes of all storages that come to life inside, and the most that lived at a time."""
-    def __init__(self):
-        super().__init__()
-        self.now, self.most, self.known = 0, 0, weakref.WeakSet()
-
-    def grow(self, n):
-        self.now, self.most = self.now + n, max(self.most, self.now + n)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for storage in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)):
-            if storage not in self.known:
-                self.known.add(storage)
-                self.grow(storage.nbytes())
-                weakref.finalize(storage, self.grow, -storage.nbytes())
-        return out
+TERMS_NEED = "image terms need --keep below 1, text needs --data, class needs --labels"
 
 
-def memory(cfg, device):
-    """{what: bytes} of a step of one rank, its forward and backward pass traced on tensors without data."""
-    with torch.device("meta"):
-        model = M3I(cfg)
-    trained, rest = (sum(p.nbytes for p in model.parameters() if p.requires_grad == want) for want in (True, False))
-    B, L, S, units = cfg.batch // world(), model.grid ** 2, cfg.image_size, (model.grid // cfg.unit) ** 2
-    k = int(masks(torch.rand(1, units), model.grid, cfg.unit, cfg.keep).sum())
-    with FakeTensorMode(allow_non_fake_inputs=True), Peak() as peak:
-        model.to_empty(device=device)
-        batch = {"first": torch.zeros(B, 3, S, S, dtype=torch.uint8, device=device), "geometry": torch.ones(B, 2, 6, device=device),
-                 "tokens": torch.zeros(B, cfg.context, dtype=torch.long, device=device), "label": torch.zeros(B, dtype=torch.long, device=device)}
-        batch.update(second=batch["first"].clone(), valid=batch["tokens"] == 0, has_text=batch["label"] == 0)
-        terms, _, _ = losses(model, batch, torch.ones(B, L, dtype=torch.bool, device=device), k, cfg, *model.encoders())
-        sum(terms.values()).backward()
-    return {"parameters": trained, "moving average": rest, "gradients": trained, "optimizer": 2 * trained,
-            "activations, batch, temporaries": peak.most - 2 * trained - rest, "total": peak.most + 2 * trained}
+def drop_terms(cfg):
+    """cfg with weight 0 for the terms that --keep and data rule out, and a line that says so."""
+    possible = {"w_intra": cfg.keep < 1, "w_inter": cfg.keep < 1,
+                "w_text": cfg.data, "w_class": cfg.labels}
+    dropped = [name for name in possible if getattr(cfg, name) > 0 and not possible[name]]
+    if dropped:
+        common.print0(f"{' '.join(map(common.flag, dropped))} taken as 0: {TERMS_NEED}")
+    return replace(cfg, **dict.fromkeys(dropped, 0.0))
 
 
+def term_weights(cfg):
+    return {"intra": cfg.w_intra, "inter": cfg.w_inter, "text": cfg.w_text, "class": cfg.w_class}
+
+
+def ema_momentum(step, steps, start):
+    """From `start` to 1 with half a cosine (SiameseIM)."""
+    return 1 - (1 - start) * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+@common.owns_output_folder
 def main(cfg):
     """Train, evaluate, draw. Returns the metrics of the last evaluation."""
-    if cfg.dry_run:
-        cfg, device = replace(cfg, data=["-"], classes=cfg.classes or 1000), common.join()
-        common.check_rows(cfg)
-        check(cfg)
-        for what, size in memory(cfg, device).items():
-            print0(f"{what:<34}{size / 2 ** 30:10.3f} GiB")
-        return {}
-    device = common.start(cfg)
-    cfg = data.with_world(cfg, data="pairs", labels="labels")
-    names = data.beside(data.expand(cfg.labels), "classes.txt", "classnames.txt") if cfg.labels else None
-    cfg = replace(cfg, classes=len(names or ()))
+    device = common.init_distributed()
+    common.check_batch(cfg.batch, cfg.micro, cfg.group)
     check(cfg)
-    state = common.resume(cfg, "M3I")
-    indices = data.indices_of(cfg.data, cfg.labels)
-    tokenizer = common.rank0_first(lambda: data.vocabulary(cfg, indices[0], state, names or ()))
-    rows, share = data.mixture(cfg, indices, cfg.labels_share, partial(example, cfg=cfg, tokenizer=tokenizer))
+    cfg = data.use_toy_data(cfg, data="pairs", labels="labels")
+    if cfg.eval_every >= 0:
+        import eval as evaluation
+        evaluation.check_held_out(cfg)  # now, not after the last step
+    names = class_names(cfg)
+    cfg = drop_terms(replace(cfg, classes=len(names)))
+    weights = term_weights(cfg)
+    if not any(weights.values()):
+        raise UserError(f"nothing to learn: {TERMS_NEED}, each a weight (--w-intra ...) above 0")
+    torch.manual_seed(cfg.seed)  # the same initial weights on every rank
     model = M3I(cfg).to(device)
-    common.init_encoder(model.vision, cfg.init)
-    if cfg.init and model.ema:
-        model.follow(0)                                      # the averaged encoder starts where the online one does
-    opt = common.adamw(model, cfg, betas=(0.9, 0.95))        # SiameseIM
-    first, peak = common.restore(state, model, opt), cfg.lr * cfg.batch / 256
-    common.describe(cfg, device, model, rows, first, peak)
-    batches = data.Loader(data.Batches(rows, cfg.batch, rank(), world(), share), first, cfg, device)
-    encoders = [common.compiled(f, cfg, device) for f in model.encoders()]
-    log = common.Log(cfg, device, first, data.REASONS)
+    optimizer = common.adamw(model, cfg.wd, betas=(0.9, 0.95))  # SiameseIM
+    start_step, vocab = common.resume_from(cfg, model, optimizer)
 
-    for step in range(first, cfg.steps):
-        model.clamp()
-        if model.ema:
-            model.follow(1 - (1 - cfg.momentum) * (1 + math.cos(math.pi * step / cfg.steps)) / 2)
-        batch, noise = log.next(batches), common.row_noise(cfg, step, (model.grid // cfg.unit) ** 2)
-        plain = torch.rand((), generator=common.generator(cfg.seed, step, 1)) < cfg.p_plain
-        own = masks(noise, model.grid, cfg.unit, 1.0 if plain else cfg.keep)
-        k = int(own[0].sum())                                # on the CPU: nothing waits for the device
-        terms, z, gauges = losses(model, batch, common.to_device(own, device), k, cfg, *encoders)
-        weights = balanced(model, terms, z, step, term_weights(cfg)) if cfg.balance == "grad" else term_weights(cfg)
+    indices = [data.open_index(cfg.data), data.open_index(cfg.labels)]
+    tokenizer = data.make_tokenizer(cfg, indices[0], vocab, names)
+    sources, labels_share = data.two_sources(
+        cfg, indices, cfg.labels_share, functools.partial(example, cfg=cfg, tokenizer=tokenizer))
+    dataset = data.BatchDataset(sources, cfg.batch, rank(), world_size(), labels_share)
+    batches = data.loader(dataset, start_step, cfg.steps, cfg.workers, device)
+    encode = common.compiled(model.vision.patch_tokens, cfg.compile, device)
+    encode_ema = None
+    if model.has_ema:
+        encode_ema = common.compiled(model.ema_encoder.patch_tokens, cfg.compile, device)
+    max_lr = cfg.lr * cfg.batch / 256
+    common.print_summary(cfg, device, model, sources, start_step, max_lr)
+    log = common.Log(cfg, start_step, data.REASONS, data.UNREADABLE)
+
+    for step in range(start_step, cfg.steps):
+        batch = next(batches)
+        lr = common.cosine_lr(step, cfg.steps, cfg.warmup, max_lr)
+        # these two complete the last step, whose own lines are the same in every script
+        model.update_ema(ema_momentum(step, cfg.steps, cfg.momentum))
+        model.clamp_scale()
+        noise = common.batch_noise(cfg.seed, step, cfg.batch, model.n_units)
+        mask = random_mask(noise, cfg.mask_unit, model.n_a)
+        mask = common.to_device(mask, device)
+        with common.autocast(cfg.precision, device):
+            terms, metrics = losses(model, batch, mask, cfg, encode, encode_ema)
         loss = sum(weights[name] * term for name, term in terms.items())
-        terms, temperature = {**terms, **gauges}, 1 / model.scale().detach()
+        terms = {**terms, **metrics}
 
         # -- the same lines in every script, held together by tests/test_text.py --
-        for group in opt.param_groups:
-            group["lr"] = lr_at(step, cfg, peak)
-        opt.zero_grad(set_to_none=True)
-        with averaging(model.parameters()):                  # gradients become means over ranks while backward runs
-            loss.backward()
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)      # after averaging, or ranks drift apart; 0 = off
-        opt.step()
-        log.step(step, loss, terms, lr_at(step, cfg, peak), grad_norm, temperature)
-        if log.stop or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
-            log.settle()                                     # a checkpoint is written only after its own step was read clean
-            common.save(cfg, model, opt, step + 1, tokenizer.dumps(), log)
-        if cfg.eval_every > 0 and (step + 1) % cfg.eval_every == 0 and step + 1 < cfg.steps:
-            evaluation.evaluate(model, tokenizer, cfg, device)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        common.average_gradients(model.parameters())
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+        optimizer.step()
+        log(step, batch, lr, loss, grad_norm, terms)
+        if log.stop or common.is_save_step(step, cfg):
+            common.save(cfg, model, optimizer, step + 1, tokenizer.dumps())
         if log.stop:
             break
+        if common.is_eval_step(step, cfg):
+            evaluate(model, tokenizer, cfg, device)
         # -- end --
 
-    batches.close()
     log.close()
+    batches.close()
     if log.stop or cfg.eval_every < 0:
         return {}
-    result = evaluation.evaluate(model, tokenizer, cfg, device)
+    result = evaluate(model, tokenizer, cfg, device)
     draw(model, tokenizer, cfg, device)
     return result
 
 
+def evaluate(model, tokenizer, cfg, device):
+    """Metrics on cfg.val as {name: fraction}; prints them and writes out/result.json."""
+    import eval as evaluation
+    result = evaluation.evaluate(model, tokenizer, cfg, device)
+    if cfg.val and cfg.w_class > 0:
+        accuracy = class_head_accuracy(model, cfg, device)
+        if accuracy is not None:
+            common.print0(f"class head on held-out images: {accuracy:.1%}")
+            result["class_head"] = accuracy
+            evaluation.write_result(result, cfg)
+    return result
+
+
+def class_head_accuracy(model, cfg, device):
+    """Accuracy of the class head on the first of cfg.val that has the classes of --labels, or None.
+
+    Classes of unseen.txt are left out: they do not occur in training.
+    """
+    import eval as evaluation
+
+    def class_logits(images):
+        return model.class_head(model.vision.patch_tokens(images).mean(1))
+
+    names = class_names(cfg)
+    for pattern in cfg.val:
+        paths = data.expand(pattern, "test")
+        if data.read_lines_near(paths, "classes.txt", "classnames.txt") != names:
+            continue
+        index = data.open_index(paths, "test")
+        logits, labels, _ = evaluation.embed_labelled(model, index, cfg, device, class_logits)
+        unseen = evaluation.unseen_classes(paths, names)
+        in_training = torch.isin(labels, torch.where(~unseen)[0])
+        return evaluation.accuracy(logits[in_training], labels[in_training])
+    return None
+
+
+# ---- pictures: a reader may stop here ----
+
+def draw(model, tokenizer, cfg, device):
+    """out/curves.png; out/neighbours.png: images and their nearest; out/views.png: mixtures."""
+    import eval as evaluation
+
+    def pooled_tokens(images):
+        return l2_normalize(model.vision.patch_tokens(images).mean(1))
+
+    index, title = evaluation.held_out_pairs(cfg)
+    features, ids = evaluation.embed_images(model, index, cfg, device, pooled_tokens)
+    if rank() > 0:
+        return
+    fields = ["loss", *[name for name, weight in term_weights(cfg).items() if weight > 0]]
+    if cfg.w_intra > 0 or cfg.w_inter > 0:
+        fields.append("target_std")
+    evaluation.curves(f"{cfg.out}/log.jsonl", f"{cfg.out}/curves.png", [*fields, "grad_norm"],
+                      f"M3I, {cfg.steps} steps of {cfg.batch}")
+
+    def picture(i):
+        return index[ids[i]].image()
+
+    picked = torch.linspace(0, len(ids) - 1, 8).long().tolist()
+    cells = []
+    for i in picked:
+        similarity = features @ features[i]  # (I,)
+        similarity[i] = -math.inf
+        cells.append((picture(i), "", None))
+        for j in similarity.topk(5).indices.tolist():
+            cells.append((picture(j), f"{similarity[j]:.2f}", None))
+    evaluation.sheet(cells, f"{cfg.out}/neighbours.png", 6,
+                     f"{title.capitalize()}: an image (left) and its five nearest", 112)
+
+    rng = common.rng(common.Stream.FIGURE, cfg.seed)
+    cells = []
+    for a, b in zip(picked[::2], picked[1::2]):
+        cells += mixture_cells(picture(a), picture(b), rng, model, cfg)
+    evaluation.sheet(cells, f"{cfg.out}/views.png", 6,
+                     f"{title.capitalize()}: two images, their mixture, and what b predicts", 128)
+
+
+def mixture_cells(image_a, image_b, rng, model, cfg):
+    """A row of views.png: how a mixture of two images is made, and the view that b predicts."""
+    import eval as evaluation
+    view_a, geometry_a = random_view(image_a, rng, cfg)
+    view_b, geometry_b = random_view(image_b, rng, cfg)
+    target_view, target_geometry = random_view(image_b, rng, cfg, second=True)
+    view_a, view_b, target_view = [torch.tensor(view) for view in (view_a, view_b, target_view)]
+    noise = torch.from_numpy(rng.random((1, model.n_units)))
+    mask = random_mask(noise, cfg.mask_unit, model.n_a)
+    mask = to_pixels(mask, cfg.patch)[0, 0]  # (S, S)
+    mixed = torch.where(mask, view_a, view_b)
+    boxes_b = [view_box(geometry_b, "input"), view_box(target_geometry, "target")]
+    target_box = box_in_source(geometry_b, target_geometry, model.vision.grid, cfg.patch)
+    return [
+        (evaluation.overlay(image_a, [view_box(geometry_a, "input")]), "image a", None),
+        (evaluation.overlay(mixed, mask.long()), "patches of a", None),
+        (mixed, "mixture", None),
+        (evaluation.overlay(image_b, boxes_b), "image b", None),
+        (evaluation.overlay(view_b, [target_box]), "target in b's input view", None),
+        (target_view, "b's target view", None),
+    ]
+
+
+def view_box(geometry, text):
+    """Where a view lies in its image as it was before flipping, in pixels."""
+    top, left, height, width, flip, full_width = geometry.tolist()
+    x = full_width - left - width if flip else left
+    return {"x": x, "y": top, "w": width, "h": height, "text": text}
+
+
+def box_in_source(source_geometry, target_geometry, grid, patch):
+    """Where a target view lies by what the decoder gets, in pixels of the source view."""
+    geometries = torch.tensor(np.stack([source_geometry, target_geometry]))[:, None]  # (2, 1, 6)
+    coordinates = relative_coordinates(*geometries, grid)[0]  # (L, 4)
+    row, column = coordinates[:, :2].amin(0).tolist()  # center of the target's top left patch
+    height, width = (coordinates[0, 2:] / 10).exp().tolist()  # of a target patch
+    x = column + 0.5 - width / 2  # in patches of the source
+    y = row + 0.5 - height / 2
+    return {"x": patch * x, "y": patch * y, "w": patch * grid * width, "h": patch * grid * height,
+            "text": "target"}
+
+
 if __name__ == "__main__":
-    common.guard(lambda: main(common.parse(Config, DEMO, __doc__)))
+    common.run(main, Config, DEMO, __doc__)

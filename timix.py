@@ -1,649 +1,995 @@
-"""TiMix (arXiv 2312.08846): text-aware image mixing: over what a caption cares least about goes what another caption cares most about.
+"""TiMix (arXiv 2312.08846): contrast of texts with images that are mixed by what texts describe.
 
-    python timix.py                                              # trains on the built-in world, evaluates, draws
-    python timix.py --mix none --out runs/timix-none             # the same model without mixing
-    python timix.py --base clip                                  # two towers and contrast alone below the same mixing
-    torchrun --standalone --nproc_per_node 8 timix.py --data 'cc3m/*.tar'     # boxes in KEY.json where there are any
+    python timix.py                                    # toy data: trains, evaluates, draws
+    python timix.py --mix none --out runs/timix-none   # the same model without mixing
+    python timix.py --data coco/ --val coco/           # your shards: KEY.jpg, KEY.txt, KEY.json
+    torchrun --standalone --nproc_per_node 8 timix.py --data 'cc3m/*.tar'
 
-A predictor (TPP) in the middle of the image tower scores each patch: does it belong to what this text describes? It learns that from boxes with
-texts (PTA). In each block of the batch image i is paired with image j. The s x s patches of j that its caption cares about most cover those of i
-that i's caption cares about least; the mixture shall match caption i with weight lambda = 1 - s^2 / n^2 and caption j with the rest:
+A patch predictor in the middle of the image tower scores each patch: does it belong to what this
+text describes? It learns that from boxes with texts (patch-text alignment, PTA). Images i and j are
+partners. The s x s patches of j with the highest total score for caption j cover those of i with
+the lowest for caption i. The mixed image should match caption i with weight lambda = 1 - s^2 / N
+and caption j with the rest. With l = InfoNCE and s_i, s_j the logits of the two captions,
 
-    L_mix = lambda * l_i + (1 - lambda) * l_j = l_i + (1 - lambda) * (s_i - s_j)       (l = InfoNCE, s = logits; tests/test_timix.py)
+    L_mix = lambda l_i + (1 - lambda) l_j = l_i + (1 - lambda) (s_i - s_j),
 
-so it is InfoNCE plus a penalty on the margin between the two captions, least at a finite margin log(lambda / (1 - lambda)).
+which is InfoNCE plus a penalty on the margin between the captions, least at a finite margin of
+log(lambda / (1 - lambda)). That is for one-hot captions: the code replaces them by the model's
+probabilities on the clean batch (mixed_targets), as the released code does.
 
-Read Config (what the run is), text_aware_mix, soft_labels and soft_itc (the method, free functions), PatchPredictor, TiMix, losses, then main.
-Departures: the paper's text was not available to us, the method is that of its released code. (1) Backbone: ALBEF as described there, without
-the released model's decoder; no queue, as in the released code, where it is commented out, so keys and negatives are the online model's; (2) one
-summed step for three; (3) pairs and hard negatives live in blocks of rows, means over ranks are exact; (4) text targets of `predicted` labels are
-mixed over columns; (5) from scratch, one learning rate; (6) a region image is encoded once for all its texts; (7) byte-level BPE, plain pre-norm
-blocks, an untied word head.
+Reading order: losses (the method, term by term), text_aware_mix and mixed_targets, PatchPredictor,
+ALBEF and TiMix (the model), main.
 
-Dimension key: B pairs of this rank, G = B * ranks, N = n * n patches, L text tokens, D width, E joint embedding, V vocabulary, R region images.
+Departures. The paper's text was not available to us; the method is that of its released code.
+- ALBEF (arXiv 2107.07651) from scratch, not mPLUG with CLIP's and BERT's weights: no decoder, no
+  dropout (0.1 in BERT and in the released ViT), one learning rate (the released ViT has a tenth),
+  pre-norm blocks, no transform before the word head
+- one step for the sum of all terms, not three; one encoding of an image for the texts of its boxes
+- partners and negatives are drawn within groups of --group rows (released: a GPU's batch);
+  gradients and means over ranks are exact
+- targets of texts mix the columns of the text-to-image probabilities; the released code takes the
+  image-to-text table for both directions
+- byte-level BPE; captions are not lower-cased, stripped or cut to 30 words; random words of the
+  masking are never special tokens
+- warm-up from lr / warmup (released: from 1e-6), cosine to 0 at every step (to 1e-6, by epochs)
+As in the released code there is no queue: keys and negatives are the batch's, of the online model.
+
+Dimension key: B pairs of this rank, G pairs of all ranks, N = n x n patches, L text tokens, D image
+width, W text width, E joint embedding, V vocabulary, R images with boxes, T texts of each of them.
 """
 import math
-from collections import namedtuple
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from types import SimpleNamespace
+from typing import NamedTuple
 
-import common                    # before torch: it sets how OpenMP waits
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
 
+import common
 import data
-import eval as evaluation
-from common import CrossBlock, TextTransformer, UserError, ViT, averaging, lr_at, partner, print0, rank, run_blocks, unit, world
+from common import (CrossBlock, TextTransformer, UserError, ViT, all_gather_with_grad,
+                    all_reduce_sum, at_least_float32, l2_normalize, partner, print0, rank,
+                    run_blocks, world_size)
 from data import Tokenizer
 
 
 @dataclass
 class Config:
-    data: list = None            # training shards: files, folders, globs, {0..9} ranges; none = the built-in world
-    val: list = None             # held-out shards: with captions -> retrieval, with classes -> zero-shot, kNN, linear probe
-    out: str = "runs/timix"      # checkpoints, log, results and pictures; a second start here resumes
-    fresh: bool = False          # start anew in --out
-    init: str = None             # file of timm-named encoder weights to start from; tells dim, depth, heads, patch unless they are given
+    # data and output
+    data: list = None  # training shards: files, folders, globs, {0..9} ranges; none = toy data
+    val: list = None  # held-out shards: captions -> retrieval, classes -> zero-shot, kNN, linear
+    out: str = "runs/timix"  # checkpoint, log, results, pictures; a second start goes on here
+    fresh: bool = False  # start anew in --out
+    init: str = None  # weights to start from: a checkpoint, or an encoder under timm's names
     # image tower
-    image_size: int = 256        # TiMix code
-    scale: float = 0.2           # TiMix code: least area of the random resized crop
-    patch: int = 16              # TiMix code
-    size: str = None             # ti s b l h g: fills dim, depth, heads unless they are given
-    dim: int = 768               # TiMix code: ViT-B
-    depth: int = 12              # ViT-B
-    heads: int = 12              # ViT-B
-    flip: bool = True            # TiMix code
-    augment: bool = True         # TiMix code: RandAugment, two of its operations, each in half of the cases; strengths ours
+    image_size: int = 256  # TiMix code
+    scale: float = 0.2  # TiMix code: smallest area of the random resized crop, as a share
+    patch: int = 16  # TiMix code
+    size: str = None  # ti s b l h 1b: sets dim, depth, heads
+    dim: int = 768  # TiMix code: ViT-B
+    depth: int = 12  # ViT-B; the patch predictor follows half of the blocks (TiMix code)
+    heads: int = 12  # ViT-B
+    flip: bool = True  # TiMix code
+    augment: bool = True  # TiMix code: RandAugment(2, 7)
     # text tower and fusion
-    base: str = "albef"          # or clip: two towers and contrast alone (ours)
-    context: int = 20            # TiMix code, in tokens
-    vocab: str = None            # vocabulary file; none = train one on the first captions
-    vocab_size: int = 30_522     # ALBEF: BERT's size
-    text_dim: int = 768          # ALBEF
-    text_depth: int = 6          # ALBEF
-    fusion_depth: int = 6        # ALBEF
-    text_heads: int = 12         # ALBEF
-    embed: int = 256             # ALBEF: width of the joint embedding
-    # patch predictor
-    tap: int = None              # blocks below it; none = half of them (TiMix code: 6 of 12)
-    entries: int = 2             # ours: texts of a region image (TiMix code: at most 5)
-    whole: bool = True           # TiMix code: the caption is one of these texts, and every patch belongs to it
+    context: int = 20  # TiMix code, in tokens
+    vocab: str = None  # vocabulary file; none = train one on the first captions
+    vocab_size: int = 30_522  # ALBEF: BERT's
+    text_dim: int = 768  # ALBEF
+    text_depth: int = 6  # ALBEF
+    fusion_depth: int = 6  # ALBEF
+    text_heads: int = 12  # ALBEF
+    embed: int = 256  # ALBEF: width of the joint embedding
+    # patch-text alignment
+    boxes: bool = None  # train the patch predictor; none = if the first sample has boxes
+    texts_per_region: int = 5  # TiMix code: texts of an image with boxes, at most
+    caption_as_region: bool = True  # TiMix code: the caption is one of them and marks every patch
+    region_context: int = 40  # TiMix code, in tokens
     # mixing
-    mix: str = "text"            # none, cutmix, random (scores) or text
-    targets: str = "predicted"   # TiMix code: the model's own probabilities, mixed; or area (lambda), relevance (share of relevant patches)
-    min_side: float = 0.35       # TiMix code: least side of the window, in sides of the image
-    max_side: float = 0.75       # TiMix code
-    mix_until: float = 2 / 3     # TiMix code: 20 of 30 epochs; share of the steps
-    block: int = 128             # TiMix code's batch on a GPU: rows among which partners and negatives are sought, even; ranks hold whole blocks
+    mix: str = "text"  # windows by text scores; or none, cutmix, random (scores)
+    min_side: float = 0.35  # TiMix code: smallest side of the window, in sides of the image
+    max_side: float = 0.75  # TiMix code
+    mix_until: float = 2 / 3  # TiMix code: 20 of 30 epochs; share of the steps
+    group: int = 128  # TiMix code; partners and negatives are drawn within groups of `group` rows
     # objective
-    w_itc: float = 1.0           # TiMix code: contrast of images and texts
-    w_itm: float = 1.0           # TiMix code: do these two match?
-    w_mlm: float = 1.0           # TiMix code: masked words
-    w_pta: float = 1.0           # TiMix code: patch predictor
-    w_mix: float = 1.0           # TiMix code
-    mask_ratio: float = 0.15     # ALBEF, of the words
-    alpha: float = 0.4           # ALBEF: weight of the averaged model's opinion in the targets
-    momentum: float = 0.995      # ALBEF
-    ramp: float = 1 / 30         # TiMix code: share of the steps in which alpha and the weight of the mixing rise from 0
-    temperature: float = 0.07    # ALBEF: initial value, learned as the divisor itself, within 0.001 .. 0.5
-    # optimisation
-    batch: int = 1024            # ours, global
-    steps: int = 120_000         # ours: about 30 epochs of 4 M images
-    lr: float = 1e-4             # ALBEF
-    warmup: int = 2000           # TiMix code, in steps; at most a tenth of them
-    schedule: str = "cosine"     # TiMix code; or linear
-    wd: float = 0.02             # TiMix code
-    grad_clip: float = 1.0       # TiMix code; 0 = off
-    seed: int = 0                # ours
+    w_itc: float = 1.0  # TiMix code: image-text contrast
+    w_itm: float = 1.0  # TiMix code: image-text matching; 0 leaves it out
+    w_mlm: float = 1.0  # TiMix code: masked words; 0 leaves them out
+    w_pta: float = 1.0  # TiMix code: patch-text alignment; 0 leaves it out
+    w_mix: float = 1.0  # TiMix code: contrast of mixed images; 0 leaves it out
+    mask_ratio: float = 0.15  # ALBEF, of the words
+    alpha: float = 0.4  # ALBEF: weight of the teacher's probabilities in the targets
+    momentum: float = 0.995  # ALBEF, of the teacher
+    ramp: float = 1 / 30  # TiMix code: share of the steps in which alpha and w_mix rise from 0
+    temperature: float = 0.07  # ALBEF: initial value, learned directly, not its log
+    # optimization
+    batch: int = 1024  # ours, global
+    steps: int = 120_000  # ours: about 30 epochs of 4 M images
+    lr: float = 1e-4  # ALBEF
+    warmup: int = 2000  # TiMix code, in steps; at most a tenth of them
+    wd: float = 0.02  # TiMix code
+    grad_clip: float = 1.0  # TiMix code; 0 = off
+    seed: int = 0  # ours
     # machine
-    micro: int = 0               # rows of a rank that the towers take at a time, recomputed in backward; 0 = all
     grad_checkpoint: bool = False  # recompute every block in backward
-    precision: str = "auto"      # bf16 where the device computes in it, else fp32
-    compile: bool = None         # none = on for CUDA, off for CPU
-    workers: int = None          # loader processes of a rank; none = its cores less one
-    window: int = 64             # shards shuffled together
-    save_every: int = 1000       # ours
-    log_every: int = 10          # ours
-    eval_every: int = 0          # steps between evaluations; 0 = at the end, -1 = never
-    timeout: int = 600           # seconds a rank waits for the others
+    precision: str = "auto"  # auto: bf16 on CUDA, fp32 on the CPU
+    compile: bool = None  # none = on CUDA only
+    workers: int = None  # loader processes of a rank; none = its cores less one
+    save_every: int = 1000  # steps between checkpoints
+    log_every: int = 10  # steps between lines of the log
+    eval_every: int = 0  # steps between evaluations; 0 = at the end, -1 = never
+
+    method = "TiMix"
+    # what --init takes from a checkpoint of this script
+    model_fields = ("image_size", "patch", "dim", "depth", "heads", "context", "region_context",
+                    "vocab_size", "text_dim", "text_depth", "fusion_depth", "text_heads", "embed")
 
 
-# The built-in world on two CPU cores. Neither crops, flips nor colour changes: its captions name all of them. Its captions read like the texts of
-# its boxes, so that calling all patches relevant to them would teach a contradiction.
-DEMO = dict(image_size=48, patch=8, dim=128, depth=3, heads=4, text_dim=64, text_depth=2, fusion_depth=2, text_heads=2, embed=64, context=24,
-            vocab_size=512, scale=1.0, flip=False, augment=False, whole=False, block=8, batch=128, steps=400, lr=3e-3, warmup=40, momentum=0.99,
-            ramp=0.1, save_every=200)
-
-
-# ---- the method: pure functions ----
-
-Mix = namedtuple("Mix", "images lam kept taken")             # kept, taken (B, N): share of each patch still seen; of the partner's patches pasted
-
-
-def text_aware_mix(images, scores, s, block=None):
-    """Cover each image's s x s patches of least total score by its partner's of largest (TiMix code, TPMix; SMMix's mixer with text scores).
-
-    images (B, 3, S, S), any type; scores (B, N) relevance of the patches, any scale; s: side of the window in patches, 0 .. n; block: rows among
-    which partners are sought (common.partner), all by default. -> Mix, its lam = 1 - s^2 / N the share that is an image's own. Nothing is drawn
-    here. Of equal windows the first in reading order is taken. Raises ValueError for an odd block: a row would be its own partner.
-    """
-    (B, N), block, S = scores.shape, block or len(images), images.shape[-1]
-    if block % 2 or B % block:
-        raise ValueError(f"{B} rows do not divide into blocks of {block}, or these into pairs")
-    n, kept, taken = math.isqrt(N), images.new_ones(B, N, dtype=torch.bool), images.new_zeros(B, N, dtype=torch.bool)
-    if s == 0:
-        return Mix(images.clone(), 1.0, kept, taken)
-    scores = scores.detach().to(torch.promote_types(scores.dtype, torch.float32))                # bfloat16 would make ties
-    windows = F.avg_pool2d(scores.view(B, 1, n, n), s, stride=1).flatten(1)                      # (B, (n - s + 1)^2)
-    wide, at = n - s + 1, torch.arange(n, device=images.device)
-    least, most = windows.argmin(1), windows.argmax(1)
-
-    def inside(corner):                                      # (B,) -> (B, N): patches of the window there
-        row, col = ((at >= c[:, None]) & (at < c[:, None] + s) for c in (corner // wide, corner % wide))
-        return (row[:, :, None] & col[:, None]).flatten(1)
-    shift = partner(most, block)                             # the window in the partner, whose patches move by a constant
-    shift = (shift // wide - least // wide) * n + shift % wide - least % wide
-    covered, own = inside(least), torch.arange(N, device=images.device).expand(B, N)
-    source = torch.where(covered, own + shift[:, None], own)
-    patches = images.view(B, 3, n, S // n, n, S // n).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)    # (B, N, 3, p, p)
-    pasted = partner(patches, block).gather(1, source[..., None, None, None].expand_as(patches))
-    mixed = torch.where(covered[..., None, None, None], pasted, patches)
-    mixed = mixed.unflatten(1, (n, n)).permute(0, 3, 1, 4, 2, 5).reshape(images.shape)
-    return Mix(mixed, 1 - s * s / N, ~covered, inside(most))
-
-
-def cutmix(images, n, generator, block=None):
-    """CutMix (arXiv 1905.04899), one box for the batch: area 1 - lambda, lambda uniform, centre uniform, clipped, the same place in both images."""
-    side, box = images.shape[-1], []
-    lam, *centre = torch.rand(3, generator=generator).tolist()
-    for c in centre:
-        half = math.sqrt(1 - lam) / 2
-        box.append([round(side * min(max(edge, 0), 1)) for edge in (c - half, c + half)])
-    (top, bottom), (left, right) = box
-    hole = torch.zeros(side, side, dtype=torch.bool, device=images.device)
-    hole[top:bottom, left:right] = True
-    covered = F.avg_pool2d(hole[None].float(), side // n).flatten(1).expand(len(images), -1)
-    mixed = torch.where(hole, partner(images, block or len(images)), images)
-    return Mix(mixed, 1 - (bottom - top) * (right - left) / side ** 2, 1 - covered, covered)
-
-
-def soft_labels(mode, mix, block, i2t, t2i, relevance=None):
-    """What a mixed image should find among all texts, and a text among all mixed images: two constant (B, G) tables whose rows sum to 1.
-
-    mode area: lambda for its own, 1 - lambda for the partner. predicted (TiMix code): the same mixture of the clean images' probabilities, the
-    softmax of i2t, t2i (B, G), logits of the clean batch; for texts the columns are mixed (ours; the code reuses the first table). relevance (ours,
-    after TransMix): lambda is an image's own share of the relevance (B, N), probabilities, that is seen in the mixture.
-    """
-    B, wide = len(i2t), torch.promote_types(i2t.dtype, torch.float32)
-    own = torch.full((B,), mix.lam, dtype=wide, device=i2t.device)
-    if mode == "predicted":
-        images, texts = i2t.detach().to(wide).softmax(1), t2i.detach().to(wide).softmax(1)
-    else:
-        images = texts = F.one_hot(rank() * B + torch.arange(B, device=i2t.device), i2t.shape[1]).to(wide)
-    if mode == "relevance":
-        seen, pasted = ((relevance.detach().to(wide) * shown).sum(1) for shown in (mix.kept, mix.taken))
-        own = seen / (seen + partner(pasted, block)).clamp(min=1e-12)
-    columns = common.all_gather(own)                         # (G,)
-    found = own[:, None] * images + (1 - own[:, None]) * partner(images, block)
-    back = columns * texts + (1 - columns) * partner(texts.T, block).T
-    return found, back / back.sum(1, keepdim=True)           # with one lambda for all, the rows sum to 1 already
-
-
-def similarities(image, text, temperature):
-    """Unit rows (B, E) of this rank against those of all ranks -> logits (B, G) image to text, text to image, with exact gradients."""
-    return image @ common.gather(text).T / temperature, text @ common.gather(image).T / temperature
-
-
-def soft_itc(logits, targets):
-    """Cross-entropy with soft targets, both ways, halved. logits, targets: pairs of (B, G). Returns this rank's share: the mean over ranks is the
-    loss of the global batch."""
-    return sum(-(target * x.log_softmax(1)).sum(1).mean() for x, target in zip(logits, targets)) / 2
-
-
-def hard_negatives(image, text, temperature, noise, block):
-    """For each image a text, for each text an image (B,) of another pair of its block, drawn with the probabilities that the model confuses them
-    (ALBEF). image, text (B, E) unit; noise (B, 2, block) uniform, as Gumbel noise the same on any number of ranks."""
-    image, text = (x.detach().unflatten(0, (-1, block)) for x in (image, text))
-    first = torch.arange(0, image.shape[0] * block, block, device=image.device).repeat_interleave(block)
-    found = []
-    for (rows, columns), u in zip(((image, text), (text, image)), noise.unbind(1)):
-        logits = (rows @ columns.mT / temperature).masked_fill(torch.eye(block, dtype=torch.bool, device=u.device), -math.inf).flatten(0, 1)
-        found.append(first + (logits - (-u.clamp(min=1e-12).log()).log()).argmax(1))
-    return found
-
-
-def mask_tokens(tokens, valid, noise, ratio, vocab_size):
-    """BERT's masking (ALBEF): words with noise below `ratio` are to be told; of these 80 % become the mask token, 10 % any word, 10 % stay.
-
-    tokens, valid (B, L); noise (B, 2, L) uniform. -> tokens (B, L), places (B, L // 2) and the words there, -1 where none is asked: at most half of
-    a row. The begin token and padding are never masked, the end token may be.
-    """
-    pick = noise[:, 0].masked_fill(~valid, 1.0)
-    pick = torch.cat([torch.ones_like(pick[:, :1]), pick[:, 1:]], 1)
-    pick, at = pick.topk(tokens.shape[1] // 2, largest=False)
-    words, kind, first = tokens.gather(1, at), noise[:, 1].gather(1, at), len(Tokenizer.SPECIAL)
-    anything = first + ((kind - 0.8) * 10 * (vocab_size - first)).long().clamp(0, vocab_size - first - 1)        # uniform where kind is in 0.8 .. 0.9
-    shown = torch.where(kind < 0.8, Tokenizer.MASK, torch.where(kind < 0.9, anything, words))
-    return tokens.scatter(1, at, shown.where(pick < ratio, words)), at, words.where(pick < ratio, -1)
-
-
-# Mixtures by name: (batch, scores (B, N), noise (B, N), n, generator of the step, cfg) -> Mix.
-MIXERS = {"text": lambda batch, scores, noise, n, generator, cfg: text_aware_mix(batch["images"], scores, side(n, generator, cfg), cfg.block),
-          "random": lambda batch, scores, noise, n, generator, cfg: text_aware_mix(batch["images"], noise, side(n, generator, cfg), cfg.block),
-          "cutmix": lambda batch, scores, noise, n, generator, cfg: cutmix(batch["images"], n, generator, cfg.block)}
-
-
-def side(n, generator, cfg):
-    """Side of a step's window, in patches: uniform over the integers between int(n * min_side) and int(n * max_side) (TiMix code), at least 1."""
-    return max(1, int(torch.randint(int(n * cfg.min_side), int(n * cfg.max_side) + 1, (), generator=generator)))
+# Toy data on two CPU cores. No crops, flips or changes of color: captions name all of them. Toy
+# captions read like the texts of boxes; marking every patch for them would contradict the boxes.
+DEMO = dict(
+    image_size=48, patch=8, dim=128, depth=3, heads=4, scale=1.0, flip=False, augment=False,
+    text_dim=64, text_depth=2, fusion_depth=2, text_heads=2, embed=64, context=24, vocab_size=512,
+    texts_per_region=2, caption_as_region=False, region_context=24, group=8, batch=128, steps=400,
+    lr=3e-3, warmup=40, momentum=0.99, ramp=0.1, save_every=100,
+)
 
 
 # ---- model ----
 
 class PatchPredictor(nn.Module):
-    """TPP: patch tokens h (B, N, D) in the middle of the image tower and a text vector g (B, Dt) -> log-probabilities (B, N, 2); [..., 1] =
-    belongs to the text (TiMix code)."""
+    """Does a patch belong to what a text describes? (TiMix code: text-aware patch predictor)"""
+
     def __init__(self, dim, text_dim):
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.embed = nn.Linear(dim, dim)
-        self.head = nn.Sequential(nn.Linear(dim + text_dim, dim // 2), nn.GELU(), nn.Linear(dim // 2, dim // 4), nn.GELU(), nn.Linear(dim // 4, 2))
+        self.head = nn.Sequential(
+            nn.Linear(dim + text_dim, dim // 2), nn.GELU(),
+            nn.Linear(dim // 2, dim // 4), nn.GELU(),
+            nn.Linear(dim // 4, 2))
         self.apply(common.init_weights)
 
-    def forward(self, h, g):
-        local, whole = F.gelu(self.embed(self.norm(h))).chunk(2, 2)
-        around = torch.cat([whole.mean(1), g.to(whole.dtype)], 1)[:, None].expand(-1, h.shape[1], -1)
-        x = self.head(torch.cat([local, around], 2))
-        return x.to(torch.promote_types(x.dtype, torch.float32)).log_softmax(2)
+    def forward(self, patch_tokens, text):
+        """patch_tokens (B, N, D) from the middle of the image tower, text (B, W) ->
+        log-probabilities (B, N, 2); [..., 1] is that the patch belongs to the text."""
+        local, shared = F.gelu(self.embed(self.norm(patch_tokens))).chunk(2, dim=2)
+        text_and_mean = torch.cat([shared.mean(1), text.to(shared.dtype)], 1)  # (B, D/2 + W)
+        text_and_mean = text_and_mean[:, None].expand(-1, patch_tokens.shape[1], -1)
+        logits = self.head(torch.cat([local, text_and_mean], 2))
+        return at_least_float32(logits).log_softmax(2)
+
+
+class Encoded(NamedTuple):
+    """What the two towers make of pairs."""
+    middle_tokens: torch.Tensor  # (B, 1+N, D), after half of the image blocks
+    image_tokens: torch.Tensor  # (B, 1+N, D)
+    hidden_states: torch.Tensor  # (B, L, W), of the text
+    image: torch.Tensor  # (B, E), unit length
+    text: torch.Tensor  # (B, E), unit length
 
 
 class ALBEF(nn.Module):
-    """Two towers, and above them a fusion of the text with the image's tokens, which tells matching pairs and masked words."""
+    """Two towers, and a fusion in which the text attends to the image (arXiv 2107.07651)."""
+
     def __init__(self, cfg):
         super().__init__()
-        self.vision = ViT(cfg.image_size, cfg.patch, cfg.dim, cfg.depth, cfg.heads, mean=(0.48145466, 0.4578275, 0.40821073),
-                          std=(0.26862954, 0.26130258, 0.27577711))                              # CLIP's, as TiMix's code
-        self.text = TextTransformer(cfg.vocab_size, cfg.context, cfg.text_dim, cfg.text_depth, cfg.text_heads, causal=False)
-        self.vision.recompute = self.text.recompute = self.recompute = cfg.grad_checkpoint
-        self.image_proj, self.text_proj = nn.Linear(cfg.dim, cfg.embed), nn.Linear(cfg.text_dim, cfg.embed)
-        parts = [self.image_proj, self.text_proj]
-        if cfg.base == "albef":
-            self.fusion = nn.ModuleList(CrossBlock(cfg.text_dim, cfg.dim, cfg.text_heads) for _ in range(cfg.fusion_depth))
-            self.norm = nn.LayerNorm(cfg.text_dim, eps=1e-6)
-            self.match, self.word = nn.Linear(cfg.text_dim, 2), nn.Linear(cfg.text_dim, cfg.vocab_size)
-            parts += [self.fusion, self.match, self.word]
-        for part in parts:
+        self.grad_checkpoint = cfg.grad_checkpoint
+        self.middle = (cfg.depth + 1) // 2  # blocks below the patch predictor
+        self.vision = ViT(
+            cfg.image_size, cfg.patch, cfg.dim, cfg.depth, cfg.heads,
+            mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711),
+            grad_checkpoint=cfg.grad_checkpoint)  # mean and std: CLIP's, as TiMix code
+        self.text = TextTransformer(
+            cfg.vocab_size, max(cfg.context, cfg.region_context), cfg.text_dim, cfg.text_depth,
+            cfg.text_heads, causal=False, grad_checkpoint=cfg.grad_checkpoint)
+        self.image_proj = nn.Linear(cfg.dim, cfg.embed)
+        self.text_proj = nn.Linear(cfg.text_dim, cfg.embed)
+        self.fusion = nn.ModuleList(
+            CrossBlock(cfg.text_dim, cfg.dim, cfg.text_heads) for _ in range(cfg.fusion_depth))
+        self.fusion_norm = nn.LayerNorm(cfg.text_dim, eps=1e-6)
+        self.itm_head = nn.Linear(cfg.text_dim, 2)
+        self.mlm_head = nn.Linear(cfg.text_dim, cfg.vocab_size)
+        for part in (self.image_proj, self.text_proj, self.fusion, self.itm_head, self.mlm_head):
             part.apply(common.init_weights)
 
-    def fuse(self, states, valid, image_tokens):             # (B, L, Dt), (B, L), (B, 1+N, D) -> (B, L, Dt)
-        return self.norm(run_blocks(self.fusion, states, image_tokens, valid[:, None, None], recompute=self.recompute))
+    def image_embeds(self, tokens):
+        """(..., D) -> (..., E), unit length"""
+        return l2_normalize(self.image_proj(tokens))
 
-    def image_embeds(self, tokens):                          # (..., D) -> (..., E) unit; of the class token
-        return unit(self.image_proj(tokens))
+    def text_embeds(self, hidden_states):
+        """(B, L, W) -> (B, E), unit length: the begin token, as [CLS]"""
+        return l2_normalize(self.text_proj(hidden_states[:, 0]))
 
-    def text_embeds(self, states):                           # (B, L, Dt) -> (B, E) unit; position 0 is the [CLS]
-        return unit(self.text_proj(states[:, 0]))
-
-    def encode_image(self, images):                          # (B, 3, S, S) -> (B, E) unit
+    def encode_image(self, images):
+        """(B, 3, S, S) -> (B, E), unit length: the class token"""
         return self.image_embeds(self.vision(images)[:, 0])
 
-    def encode_text(self, tokens, valid):                    # (B, L) -> (B, E) unit
+    def encode_text(self, tokens, valid):
+        """(B, L) -> (B, E), unit length"""
         return self.text_embeds(self.text(tokens, valid))
+
+    def encode(self, images, tokens, valid):
+        """(B, 3, S, S), (B, L), (B, L) -> Encoded"""
+        middle_tokens = self.vision.blocks_until(images, self.middle)
+        image_tokens = self.vision.blocks_from(middle_tokens, self.middle)
+        hidden_states = self.text(tokens, valid)
+        return Encoded(middle_tokens, image_tokens, hidden_states,
+                       self.image_embeds(image_tokens[:, 0]), self.text_embeds(hidden_states))
+
+    def fuse(self, hidden_states, valid, image_tokens):
+        """A text read beside an image: (B, L, W), (B, L), (B, 1+N, D) -> (B, L, W)"""
+        mask = valid[:, None, None, :]
+        x = run_blocks(self.fusion, hidden_states, image_tokens, mask,
+                       grad_checkpoint=self.grad_checkpoint)
+        return self.fusion_norm(x)
+
+    def match_logits(self, hidden_states, valid, image_tokens):
+        """Inputs as for fuse -> (B, 2); [:, 1] is that text and image are a pair"""
+        fused = self.fuse(hidden_states, valid, image_tokens)
+        return at_least_float32(self.itm_head(fused[:, 0]))
+
+    def word_log_probs(self, tokens, valid, image_tokens, position):
+        """Words at `position` (B, K) of texts (B, L) read beside images -> (B, K, V)"""
+        fused = self.fuse(self.text(tokens, valid), valid, image_tokens)
+        fused = fused.gather(1, position[..., None].expand(-1, -1, fused.shape[2]))
+        return at_least_float32(self.mlm_head(fused)).log_softmax(2)
 
 
 class TiMix(ALBEF):
+    """ALBEF with a patch predictor, and its teacher: an average of its earlier weights."""
+
     def __init__(self, cfg):
         super().__init__(cfg)
-        self.tap = (cfg.depth + 1) // 2 if cfg.tap is None else cfg.tap
-        if not 0 < self.tap <= cfg.depth:
-            raise UserError(f"--tap {self.tap}: the patch predictor stands after 1 to {cfg.depth} blocks")
+        self.boxes = bool(cfg.boxes)
         self.temperature = nn.Parameter(torch.tensor(cfg.temperature))
         self.predictor = PatchPredictor(cfg.dim, cfg.text_dim)
-        self.teacher = None
-        if cfg.base == "albef":
-            self.teacher = ALBEF(cfg).requires_grad_(False)
-            self.teacher.load_state_dict(self.state_dict(), strict=False)
-        self.rerank = cfg.base == "albef"                    # for eval.py: score() judges a pair better than the cosine
-        if not self.rerank:
-            self.fused = self.score = None                   # two towers: nothing reads a text beside its image
+        self.teacher = ALBEF(cfg).requires_grad_(False)
+        self.update_ema(0.0)
 
     @torch.no_grad()
-    def clamp(self):                                         # at the top of a step: beyond the bounds there would be no gradient back
-        self.temperature.clamp_(0.001, 0.5)                  # ALBEF
+    def update_ema(self, momentum):
+        """teacher = momentum * teacher + (1 - momentum) * student"""
+        student = dict(self.named_parameters())
+        for name, p in self.teacher.named_parameters():
+            p.lerp_(student[name], 1 - momentum)
 
     @torch.no_grad()
-    def follow(self, momentum):
-        fast = dict(self.named_parameters())
-        for name, slow in self.teacher.named_parameters():
-            slow.lerp_(fast[name], 1 - momentum)
+    def clamp_temperature(self):
+        """Between 0.001 and 0.5 (ALBEF), in place: a clamp in forward would pass no gradient
+        outside the bounds."""
+        self.temperature.clamp_(0.001, 0.5)
 
-    def fused(self, images, tokens, valid):                  # (B, 3, S, S), (B, L) -> (B, Dt): the [CLS] of a text read beside its image
+    def compile_methods(self, compile, device):
+        """Compile the methods that losses calls, in place, so that weights keep their names. The
+        losses themselves, collectives and all that is random are not compiled."""
+        methods = [
+            (self, "encode"), (self, "encode_image"), (self, "match_logits"),
+            (self, "word_log_probs"), (self, "region_log_probs"),
+            (self.teacher, "encode"), (self.teacher, "word_log_probs"),
+        ]
+        for model, name in methods:
+            setattr(model, name, common.compiled(getattr(model, name), compile, device))
+
+    def region_log_probs(self, images, tokens, valid):
+        """Patch predictor on images (R, 3, S, S), each with texts (R, T, L) -> (R, T, N, 2)"""
+        patch_tokens = self.vision.blocks_until(images, self.middle)[:, 1:]  # no need of the rest
+        text = self.text(tokens.flatten(0, 1), valid.flatten(0, 1))[:, 0]  # (R * T, W)
+        n_texts = tokens.shape[1]
+        log_probs = self.predictor(patch_tokens.repeat_interleave(n_texts, 0), text)
+        return log_probs.unflatten(0, (-1, n_texts))
+
+    @torch.no_grad()
+    def patch_scores(self, encoded):
+        """How much each patch belongs to its image's caption (B, N): log-probabilities of the patch
+        predictor; without boxes to learn from, cosines of patches and text (ours)."""
+        if self.boxes:
+            patch_tokens = encoded.middle_tokens[:, 1:]
+            return self.predictor(patch_tokens, encoded.hidden_states[:, 0])[..., 1]
+        patches = self.image_embeds(encoded.image_tokens[:, 1:])  # (B, N, E)
+        return (patches * encoded.text[:, None]).sum(2)
+
+    def fused(self, images, tokens, valid):
+        """The begin token of a text read beside its image: images, (B, L), (B, L) -> (B, W)"""
         return self.fuse(self.text(tokens, valid), valid, self.vision(images))[:, 0]
 
-    def score(self, images, tokens, valid):
-        """Log-odds (B,) that image and text match (ITM). images (B, 3, S, S), or what self.vision made of them, where each meets many texts."""
-        seen = images if images.ndim == 3 else self.vision(images)
-        x = self.match(self.fuse(self.text(tokens, valid), valid, seen)[:, 0]).float()
-        return x[:, 1] - x[:, 0]
+    def match_score(self, image_tokens, tokens, valid):
+        """How well text and image match (B,): logit 1 of the matching head, with which ALBEF and
+        TiMix re-rank retrieval. image_tokens = vision(images)."""
+        return self.match_logits(self.text(tokens, valid), valid, image_tokens)[:, 1]
 
-    @torch.no_grad()
-    def relevance(self, tapped, tokens, states, boxes):
-        """Log-probability (B, N) that a patch belongs to its image's caption; where no boxes taught the predictor, the cosine of patch and text."""
-        if boxes:
-            return self.predictor(tapped[:, 1:], states[:, 0])[..., 1]
-        return (self.image_embeds(tokens[:, 1:]) @ self.text_embeds(states)[..., None])[..., 0]
+    def held_out_view(self, image):
+        """The whole image, squashed to a square (ALBEF, TiMix code)."""
+        return data.crop(image, (0, 0, *image.size), self.vision.image_size)
 
 
-Model = TiMix
+# ---- mixing ----
+
+def text_aware_mix(images, scores, s, group):
+    """Paste the partner's s x s patches of highest total score over an image's of lowest.
+
+    images (B, 3, S, S); scores (B, N): relevance of each patch to its own image's caption, of any
+    scale. Partners are the rows of a group in reverse; of equal windows the first in reading order
+    is taken. -> mixed images, and lambda = 1 - s^2 / N, the share of a mixed image that is its own.
+    TiMix code (TPMix); SMMix (arXiv 2212.12977) with text scores.
+    """
+    if group % 2:
+        raise ValueError(f"group {group} is odd: its middle row would be its own partner")
+    n = math.isqrt(scores.shape[1])  # patches per side
+    totals = F.avg_pool2d(at_least_float32(scores).view(-1, 1, n, n), s, stride=1).flatten(1)
+    numbers = torch.arange(n * n, device=scores.device).view(n, n)
+    windows = numbers.unfold(0, s, 1).unfold(1, s, 1).reshape(-1, s * s)  # each window's patches
+    covered = windows[totals.argmin(1)]  # (B, s^2), in the image
+    pasted = windows[partner(totals.argmax(1), group)]  # (B, s^2), in its partner
+
+    # Nothing here waits for a GPU; the .tolist() of a loop over rows would, once a step.
+    patch = images.shape[2] // n
+    patches = F.pixel_unshuffle(images, patch).flatten(2)  # (B, P, N), P = 3 * patch^2 values
+    covered = covered[:, None].expand(-1, patches.shape[1], -1)  # (B, P, s^2)
+    pasted = pasted[:, None].expand(-1, patches.shape[1], -1)
+    mixed = patches.scatter(2, covered, partner(patches, group).gather(2, pasted))
+    return F.pixel_shuffle(mixed.unflatten(2, (n, n)), patch), 1 - s * s / n**2
+
+
+def cutmix(images, group, generator):
+    """CutMix (arXiv 1905.04899): one box for the whole batch, at the same place in both images.
+
+    Its area is 1 - lambda with lambda uniform, its center uniform; what is outside the image is
+    clipped. -> mixed images, and lambda as clipped.
+    """
+    size = images.shape[-1]
+    lam, y, x = torch.rand(3, generator=generator).tolist()  # on the CPU: nothing to wait for
+    half = math.sqrt(1 - lam) / 2
+    top = round(size * max(y - half, 0))
+    bottom = round(size * min(y + half, 1))
+    left = round(size * max(x - half, 0))
+    right = round(size * min(x + half, 1))
+    mixed = images.clone()
+    mixed[:, :, top:bottom, left:right] = partner(images, group)[:, :, top:bottom, left:right]
+    return mixed, 1 - (bottom - top) * (right - left) / size**2
+
+
+def window_side(n, min_side, max_side, generator):
+    """Side of a step's window in patches, uniform over the integers from int(n * min_side) to
+    int(n * max_side) (TiMix code); at least 1."""
+    side = torch.randint(int(n * min_side), int(n * max_side) + 1, (), generator=generator)
+    return max(1, int(side))
+
+
+def mixed_targets(i2t, t2i, lam, group):
+    """What mixed images should find among all texts, and texts among all mixed images.
+
+    i2t, t2i (B, G): logits of the clean batch. The model's own probabilities are mixed as the
+    images are: lambda * own + (1 - lambda) * partner's (TiMix code). A text's columns are mixed, as
+    they are the images. -> two constant tables (B, G) whose rows sum to 1.
+    """
+    image_probs = i2t.detach().softmax(1)
+    text_probs = t2i.detach().softmax(1)
+    image_targets = lam * image_probs + (1 - lam) * partner(image_probs, group)
+    text_targets = lam * text_probs + (1 - lam) * partner(text_probs.T, group).T
+    return image_targets, text_targets
 
 
 # ---- objective ----
 
-def losses(model, batch, noise, generator, cfg, rise, mixing, fast=None, slow=None):
-    """One step on clean pairs, their mixture and region images: {term: this rank's share}, {name: gauge}.
+def similarities(image, text, temperature):
+    """Logits (B, G) of this rank's images against all texts, and of its texts against all images.
 
-    noise (B, 2L + 2 block + N) uniform; generator: of the step; rise: 0 .. 1, how far alpha and the mixture's weight have risen; mixing: is there
-    a mixture in this step? fast, slow: namespaces of the (compiled) vision, text, fuse of the model and of its teacher.
+    image, text (B, E), unit length. Gradients are exact on any number of ranks.
     """
-    fast, slow, boxes = fast or model, slow or model.teacher, "region_images" in batch
-    images, tokens, valid = (batch[name] for name in ("images", "tokens", "valid"))
-    (B, L), tau, chunks = tokens.shape, model.temperature, lambda f, *rows: common.in_chunks(f, cfg.micro, *rows)
-    words, rivals, chance = common.to_device(noise, tokens.device).split([2 * L, 2 * cfg.block, model.vision.grid ** 2], 1)
-    alpha, terms, gauges = cfg.alpha * rise * (model.teacher is not None), {}, {}
-    with common.autocast(cfg, images.device):
-        seen, tapped = chunks(lambda x: fast.vision(x, tap=model.tap), images)
-        states = chunks(fast.text, tokens, valid)
-        image, text = model.image_embeds(seen[:, 0]), model.text_embeds(states)
-    logits = similarities(image, text, tau)
-    pairs = F.one_hot(rank() * B + torch.arange(B, device=tokens.device), logits[0].shape[1]).to(image.dtype)      # (B, G)
-    targets = (pairs, pairs)
-    if model.teacher:
-        with torch.no_grad():
-            with common.autocast(cfg, images.device):
-                seen_slow = chunks(slow.vision, images)
-                opinion = model.teacher.image_embeds(seen_slow[:, 0]), model.teacher.text_embeds(chunks(slow.text, tokens, valid))
-            targets = [alpha * x.softmax(1) + (1 - alpha) * pairs for x in similarities(*opinion, tau)]
-    terms["itc"] = soft_itc(logits, targets)
+    with torch.autocast(image.device.type, enabled=False):  # never in bfloat16
+        i2t = image @ all_gather_with_grad(text).T / temperature
+        t2i = text @ all_gather_with_grad(image).T / temperature
+    return i2t, t2i
 
-    if model.teacher:
-        other_text, other_image = hard_negatives(image, text, tau, rivals.view(B, 2, cfg.block), cfg.block)
-        rows = torch.arange(B, device=tokens.device)
-        rows_t, rows_i = torch.cat([rows, rows, other_text]), torch.cat([rows, other_image, rows])
-        shown, at, asked = mask_tokens(tokens, valid, words.view(B, 2, L), cfg.mask_ratio, cfg.vocab_size)
-        pick = at[..., None].expand(-1, -1, cfg.text_dim)
-        with common.autocast(cfg, images.device):
-            joint = chunks(lambda *x: fast.fuse(*x)[:, 0], states.index_select(0, rows_t), valid[rows_t], seen.index_select(0, rows_i))
-            match = model.match(joint).float()
-            states_at = lambda run, latent: chunks(lambda t, v, z: run.fuse(run.text(t, v), v, z), shown, valid, latent).gather(1, pick)
-            guessed = model.word(states_at(fast, seen)).float().log_softmax(2)
-            with torch.no_grad():
-                taught = model.teacher.word(states_at(slow, seen_slow)).float().softmax(2)
-        terms["itm"] = F.cross_entropy(match, (torch.arange(3 * B, device=tokens.device) < B).long())
-        hard = F.nll_loss(guessed.flatten(0, 1), asked.flatten(), ignore_index=-1, reduction="sum")
-        soft = torch.where(asked >= 0, -(taught * guessed).sum(2), 0).sum()
-        terms["mlm"] = ((1 - alpha) * hard + alpha * soft) * world() / common.total((asked >= 0).sum()).clamp(min=1)
 
-    if boxes:
-        R, E = batch["region_used"].shape
-        with common.autocast(cfg, images.device):
-            h = chunks(lambda x: fast.vision(x, upto=model.tap)[:, 1:], batch["region_images"])                    # the blocks above are not run
-            g = chunks(lambda t, v: fast.text(t, v)[:, 0], batch["region_tokens"].flatten(0, 1), batch["region_valid"].flatten(0, 1))
-            found = model.predictor(h.repeat_interleave(E, 0), g)                                # (R * E, N, 2)
-        terms["pta"], gauges = pta_loss(found, batch["region_patches"].flatten(0, 1), batch["region_used"].flatten())
+def soft_targets(teacher_logits, alpha):
+    """(1 - alpha) * the true pairs + alpha * the teacher's probabilities (ALBEF).
+
+    teacher_logits: i2t, t2i (B, G). -> two tables (B, G).
+    """
+    B, G = teacher_logits[0].shape
+    labels = rank() * B + torch.arange(B, device=teacher_logits[0].device)
+    hard_targets = F.one_hot(labels, G).to(teacher_logits[0].dtype)
+    return [alpha * x.softmax(1) + (1 - alpha) * hard_targets for x in teacher_logits]
+
+
+def itc_loss(logits, targets):
+    """Image-text contrast: cross-entropy with soft targets, the mean of both directions.
+
+    logits, targets: i2t and t2i, each (B, G). The mean over ranks is the loss of the global batch.
+    """
+    i2t, t2i = logits
+    image_targets, text_targets = targets
+    image_loss = -(image_targets * i2t.log_softmax(1)).sum(1).mean()
+    text_loss = -(text_targets * t2i.log_softmax(1)).sum(1).mean()
+    return (image_loss + text_loss) / 2
+
+
+@torch.no_grad()
+def hard_negatives(image, text, temperature, noise, group):
+    """For each image a text of another pair (B,), for each text an image (B,).
+
+    Drawn in the row's group with the probability that the model takes them for the pair (ALBEF).
+    image, text (B, E), unit length; noise (B, 2, group), uniform.
+    """
+    with torch.autocast(image.device.type, enabled=False):
+        logits = image.unflatten(0, (-1, group)) @ text.unflatten(0, (-1, group)).mT / temperature
+    own = torch.eye(group, dtype=torch.bool, device=image.device)
+    logits = logits.masked_fill(own, -math.inf)  # (B / group, group, group)
+    gumbel = -(-noise.clamp(min=1e-12).log()).log()  # argmax(logits + gumbel) draws from softmax
+    first_row = torch.arange(len(image), device=image.device) // group * group
+    negative_text = first_row + (logits.flatten(0, 1) + gumbel[:, 0]).argmax(1)
+    negative_image = first_row + (logits.mT.flatten(0, 1) + gumbel[:, 1]).argmax(1)
+    return negative_text, negative_image
+
+
+def itm_loss(model, student, valid, noise, group):
+    """Image-text matching: B pairs, B images with a negative text, B negative images (ALBEF).
+
+    student: Encoded; valid (B, L); noise (B, 2, group), for hard_negatives.
+    """
+    negative_text, negative_image = hard_negatives(
+        student.image, student.text, model.temperature, noise, group)
+    B = len(valid)
+    own = torch.arange(B, device=valid.device)
+    text_index = torch.cat([own, negative_text, own])
+    image_index = torch.cat([own, own, negative_image])
+    # index_select: the gradient of x[index] is summed in no fixed order
+    logits = model.match_logits(
+        student.hidden_states.index_select(0, text_index),
+        valid[text_index],
+        student.image_tokens.index_select(0, image_index))
+    is_pair = torch.arange(3 * B, device=valid.device) < B
+    return F.cross_entropy(logits, is_pair.long())
+
+
+def mask_tokens(tokens, valid, noise, ratio, vocab_size):
+    """BERT's masking: each word with probability `ratio`, but at most half of the context in a row,
+    is to be predicted; of these 80 % become the mask token, 10 % a random word, 10 % stay. Never
+    the begin token or padding.
+
+    tokens, valid (B, L); noise (B, 3, L), uniform. -> masked tokens (B, L); position (B, K), the
+    K = L // 2 of least noise, as many in every row; the words there (B, K), -1 if not masked.
+    """
+    chosen_noise, kind_noise, word_noise = noise.unbind(1)
+    chosen_noise = chosen_noise.masked_fill(~valid, 1.0)
+    chosen_noise = torch.cat([torch.ones_like(chosen_noise[:, :1]), chosen_noise[:, 1:]], 1)
+    least_noise, position = chosen_noise.topk(tokens.shape[1] // 2, largest=False)
+    is_masked = least_noise < ratio
+    words = tokens.gather(1, position)
+
+    first_word = len(Tokenizer.SPECIAL)
+    random_words = first_word + (word_noise * (vocab_size - first_word)).long()
+    kind = kind_noise.gather(1, position)
+    replacement = torch.where(kind < 0.9, random_words.gather(1, position), words)
+    replacement = torch.where(kind < 0.8, Tokenizer.MASK, replacement)
+    masked_tokens = tokens.scatter(1, position, torch.where(is_masked, replacement, words))
+    return masked_tokens, position, torch.where(is_masked, words, -1)
+
+
+def mlm_loss(model, batch, student, teacher, noise, alpha, cfg):
+    """Masked words, predicted by a text that is read beside its image (ALBEF): hard targets are the
+    words, soft ones the teacher's probabilities.
+
+    student, teacher: Encoded; noise (B, 3, L). -> this rank's share of the mean over the masked
+    words of all ranks; their number differs between ranks.
+    """
+    masked_tokens, position, labels = mask_tokens(
+        batch["tokens"], batch["valid"], noise, cfg.mask_ratio, cfg.vocab_size)
+    log_probs = model.word_log_probs(
+        masked_tokens, batch["valid"], student.image_tokens, position)  # (B, K, V)
+    with torch.no_grad():
+        teacher_probs = model.teacher.word_log_probs(
+            masked_tokens, batch["valid"], teacher.image_tokens, position).exp()
+
+    is_masked = labels >= 0
+    hard_loss = F.nll_loss(log_probs.flatten(0, 1), labels.flatten(), ignore_index=-1,
+                           reduction="sum")
+    soft_loss = (-(teacher_probs * log_probs).sum(2) * is_masked).sum()
+    n_masked = all_reduce_sum(is_masked.sum()).clamp(min=1)
+    return ((1 - alpha) * hard_loss + alpha * soft_loss) * world_size() / n_masked
+
+
+def pta_loss(log_probs, in_box, used):
+    """Patch-text alignment: cross-entropy of each patch, in the text's box or not (TiMix code).
+
+    log_probs (R, T, N, 2); in_box (R, T, N) bool; used (R, T) bool: False where an image has fewer
+    texts. -> this rank's share of the mean over the used patches of all ranks.
+    """
+    patch_losses = -torch.where(in_box, log_probs[..., 1], log_probs[..., 0])
+    n_patches = all_reduce_sum(used.sum()) * in_box.shape[2]
+    return (patch_losses * used[..., None]).sum() * world_size() / n_patches.clamp(min=1)
+
+
+def recall_and_precision(log_probs, in_box, used):
+    """Of the patches in boxes, the share predicted; of the patches predicted, the share in boxes.
+
+    Inputs as for pta_loss; over all ranks. Texts that mark every patch, such as captions, are left
+    out.
+    """
+    used = used & ~in_box.all(2)
+    predicted = (log_probs[..., 1] > log_probs[..., 0]) & used[..., None]
+    wanted = in_box & used[..., None]
+    counts = torch.stack([(predicted & wanted).sum(), wanted.sum(), predicted.sum()])
+    n_hits, n_wanted, n_predicted = all_reduce_sum(counts)
+    return {"pta_recall": n_hits / n_wanted.clamp(min=1),
+            "pta_precision": n_hits / n_predicted.clamp(min=1)}
+
+
+def mix_loss(model, images, student, logits, random_scores, generator, cfg):
+    """Contrast of mixed images with the clean texts; the targets are mixed like the images.
+
+    student: Encoded, and logits: i2t, t2i, of the clean pairs; random_scores (B, N).
+    """
+    if cfg.mix == "cutmix":
+        mixed, lam = cutmix(images, cfg.group, generator)
+    else:
+        scores = model.patch_scores(student) if cfg.mix == "text" else random_scores
+        s = window_side(model.vision.grid, cfg.min_side, cfg.max_side, generator)
+        mixed, lam = text_aware_mix(images, scores, s, cfg.group)
+    mixed_logits = similarities(model.encode_image(mixed), student.text, model.temperature)
+    return itc_loss(mixed_logits, mixed_targets(*logits, lam, cfg.group))
+
+
+class Noise(NamedTuple):
+    """What the rows of a step draw, uniform."""
+    mlm: torch.Tensor  # (B, 3, L)
+    itm: torch.Tensor  # (B, 2, group)
+    random_scores: torch.Tensor  # (B, N)
+
+
+def draw_noise(cfg, step, device):
+    """Noise of this rank's rows, from one table: what a row draws does not depend on ranks."""
+    sizes = [3 * cfg.context, 2 * cfg.group, (cfg.image_size // cfg.patch) ** 2]
+    table = common.batch_noise(cfg.seed, step, cfg.batch, sum(sizes))
+    table = common.to_device(table, device)
+    mlm, itm, random_scores = table.split(sizes, 1)
+    return Noise(mlm.unflatten(1, (3, -1)), itm.unflatten(1, (2, -1)), random_scores)
+
+
+def losses(model, batch, noise, generator, cfg, ramp, mixing):
+    """The objective of a step -> loss, {name: term or metric}; means over ranks are exact.
+
+    batch: clean pairs, and with cfg.boxes images with boxes; noise: Noise; generator: of the step,
+    on the CPU; ramp: 0 .. 1, how far alpha and the weight of the mixing have risen; mixing: has
+    this step the term of mixed images? Nothing here waits for the device.
+    """
+    images = batch["images"]
+    tokens = batch["tokens"]
+    valid = batch["valid"]
+    alpha = cfg.alpha * ramp
+    student = model.encode(images, tokens, valid)
+    with torch.no_grad():
+        teacher = model.teacher.encode(images, tokens, valid)
+        teacher_logits = similarities(teacher.image, teacher.text, model.temperature)
+
+    # image-text contrast: targets are the true pairs, softened by the teacher's probabilities
+    logits = similarities(student.image, student.text, model.temperature)  # i2t, t2i: (B, G) each
+    terms = {"itc": itc_loss(logits, soft_targets(teacher_logits, alpha))}
+    loss = cfg.w_itc * terms["itc"]
+
+    # image-text matching: is this a pair, or are its image or text a hard negative?
+    if cfg.w_itm:
+        terms["itm"] = itm_loss(model, student, valid, noise.itm, cfg.group)
+        loss = loss + cfg.w_itm * terms["itm"]
+
+    # masked words: read beside the image; the teacher sees the same
+    if cfg.w_mlm:
+        terms["mlm"] = mlm_loss(model, batch, student, teacher, noise.mlm, alpha, cfg)
+        loss = loss + cfg.w_mlm * terms["mlm"]
+
+    # patch-text alignment: which patches belong to the text of a box?
+    if cfg.boxes:
+        log_probs = model.region_log_probs(
+            batch["region_images"], batch["region_tokens"], batch["region_valid"])
+        in_box = batch["region_in_box"]
+        used = batch["region_used"]
+        terms["pta"] = pta_loss(log_probs, in_box, used)
+        terms.update(recall_and_precision(log_probs, in_box, used))
+        loss = loss + cfg.w_pta * terms["pta"]
+
+    # mixing: windows chosen by the scores of the patch predictor, targets mixed like the images
     if mixing:
-        with common.autocast(cfg, images.device):
-            scores = model.relevance(tapped, seen, states, boxes)
-        mix = MIXERS[cfg.mix](batch, scores, chance, model.vision.grid, generator, cfg)
-        labels = soft_labels(cfg.targets, mix, cfg.block, *logits, scores.exp())
-        with common.autocast(cfg, images.device):
-            mixed = model.image_embeds(chunks(lambda x: fast.vision(x)[:, 0], mix.images))
-        terms["mix"] = soft_itc(similarities(mixed, text, tau), labels)
-    return terms, gauges
-
-
-def pta_loss(found, patches, used):
-    """Patch-text alignment: cross-entropy of found (M, N, 2) log-probabilities with patches (M, N) bool, over the used (M,) entries of all ranks.
-    -> this rank's share, {"pta_accuracy", "pta_recall"}: shares of these ranks' patches, and of the relevant ones, that are found."""
-    loss = torch.where(used[:, None], F.nll_loss(found.flatten(0, 1), patches.flatten().long(), reduction="none").view(patches.shape), 0)
-    right = (found[..., 1] > found[..., 0]) == patches
-    sums = common.total(torch.stack([x.sum() for x in (used[:, None].expand_as(patches), used[:, None] & right, used[:, None] & patches,
-                                                       used[:, None] & patches & right)])).double()
-    sums[::2].clamp_(min=1)                                  # what is divided by
-    return loss.sum() * world() / sums[0].to(loss.dtype), {"pta_accuracy": sums[1] / sums[0], "pta_recall": sums[3] / sums[2]}
+        terms["mix"] = mix_loss(model, images, student, logits, noise.random_scores, generator, cfg)
+        loss = loss + cfg.w_mix * ramp * terms["mix"]
+    return loss, terms
 
 
 # ---- training rows ----
 
-def distort(image, rng, moving):
-    """RandAugment(2, 7) (TiMix code): two operations, each in half of the cases; those that move pixels only if `moving`. Strengths are ours."""
-    bend = lambda a, b, c, d, e, f: image.transform(image.size, Image.AFFINE, (a, b, c, d, e, f), Image.BILINEAR)
-    for op in rng.integers(9 if moving else 5, size=2):
-        sign, (w, h) = 1 if rng.random() < 0.5 else -1, image.size
-        if rng.random() < 0.5 or op == 0:
-            continue
-        image = (lambda: ImageOps.autocontrast(image), lambda: ImageOps.equalize(image),
-                 lambda: ImageEnhance.Brightness(image).enhance(1 + 0.36 * sign), lambda: ImageEnhance.Sharpness(image).enhance(1 + 0.36 * sign),
-                 lambda: bend(1, 0.2 * sign, -0.1 * sign * h, 0, 1, 0), lambda: bend(1, 0, 0, 0.2 * sign, 1, -0.1 * sign * w),
-                 lambda: image.rotate(20 * sign, Image.BILINEAR), lambda: bend(1, 0, 0.05 * sign * w, 0, 1, 0.05 * sign * h))[op - 1]()
+# RandAugment(2, 7) of ALBEF and TiMix code; on images with boxes only what moves no pixels.
+PHOTOMETRIC = ("identity", "autocontrast", "equalize", "brightness", "sharpness")
+GEOMETRIC = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
+
+
+def rand_augment(image, rng, operations):
+    """Two of the operations, drawn with replacement, each applied with probability 0.5."""
+    for i in rng.integers(len(operations), size=2):
+        sign = 1 if rng.random() < 0.5 else -1
+        if rng.random() < 0.5:
+            image = distort(image, operations[i], sign)
     return image
 
 
+def distort(image, operation, sign):
+    """One operation at magnitude 7 of 10; the sign is that of geometric ones. Gaps are gray."""
+    if operation == "autocontrast":
+        return ImageOps.autocontrast(image)
+    if operation == "equalize":
+        return ImageOps.equalize(image)
+    if operation == "brightness":
+        return ImageEnhance.Brightness(image).enhance(1.36)
+    if operation == "sharpness":
+        return ImageEnhance.Sharpness(image).enhance(1.36)
+    if operation == "rotate":
+        return image.rotate(21 * sign, Image.BILINEAR, fillcolor=(128, 128, 128))
+    source = {  # a, b, c, d, e, f: pixel (x, y) comes from (a x + b y + c, d x + e y + f)
+        "shear_x": (1, 0.21 * sign, 0, 0, 1, 0),
+        "shear_y": (1, 0, 0, 0.21 * sign, 1, 0),
+        "translate_x": (1, 0, 7 * sign, 0, 1, 0),  # 7 pixels, whatever the size of the image
+        "translate_y": (1, 0, 0, 0, 1, 7 * sign),
+    }
+    if operation in source:
+        return image.transform(image.size, Image.AFFINE, source[operation], Image.BILINEAR,
+                               fillcolor=(128, 128, 128))
+    return image  # identity
+
+
+def training_view(image, box, flip, rng, cfg, operations):
+    """The box (x, y, w, h) of an image, mirrored or not, then distorted -> uint8 (3, S, S)"""
+    x, y, w, h = box
+    size = (cfg.image_size, cfg.image_size)
+    image = image.resize(size, Image.BICUBIC, box=(x, y, x + w, y + h))
+    if flip:
+        image = ImageOps.mirror(image)
+    if cfg.augment:
+        image = rand_augment(image, rng, operations)
+    return data.to_chw(image)
+
+
 def example(sample, rng, cfg, tokenizer):
-    """A training pair: randomly cropped, maybe flipped and distorted image and one caption."""
+    """A training pair: a random resized crop, maybe mirrored and distorted, and one caption."""
     tokens, valid = tokenizer.pad(sample.caption(rng), cfg.context)
-    image = sample.image(near=round(cfg.image_size / cfg.scale ** 0.5))
-    box, flip = data.random_box(rng, *image.size, cfg.scale), cfg.flip and rng.random() < 0.5
-    image = distort(image, rng, True) if cfg.augment else image
-    return {"images": data.crop(image, box, cfg.image_size, flip), "tokens": tokens, "valid": valid}
+    image = sample.image(min_size=round(cfg.image_size / cfg.scale**0.5))
+    box = data.random_box(rng, *image.size, cfg.scale)
+    flip = cfg.flip and rng.random() < 0.5
+    image = training_view(image, box, flip, rng, cfg, PHOTOMETRIC + GEOMETRIC)
+    return {"images": image, "tokens": tokens, "valid": valid}
+
+
+def has_boxes(sample):
+    """Does it claim to have boxes? sample.boxes() says whether it really has."""
+    return "boxes" in sample.json or "segments" in sample.json
 
 
 def region_example(sample, rng, cfg, tokenizer):
-    """A region image with --entries texts and the patches (entries, N) that each describes (X-VLM's loading, as TiMix's code): a crop around one
-    box, maybe flipped; texts of boxes that lie in it by more than half; `used` is False where there are fewer."""
-    if not {"boxes", "segments"} & sample.json.keys():       # told before anything is decoded: where boxes are rare, many are passed over
+    """An image with boxes: a crop that holds a whole box, maybe mirrored and distorted, and the
+    texts of the boxes of which more than half is inside it (X-VLM's loading, as TiMix code)."""
+    if not has_boxes(sample):  # known before anything is decoded: boxes may be rare
         raise data.Skip("no box")
     image = sample.image()
     boxes = sample.boxes(*image.size)
-    x, y, w, h, _ = boxes[int(rng.integers(len(boxes)))]
-    left, top = int(rng.integers(int(x) + 1)), int(rng.integers(int(y) + 1))
-    right, bottom = (int(rng.integers(math.ceil(least), most + 1)) for least, most in ((x + w, image.width), (y + h, image.height)))
-    flip, n = cfg.flip and rng.random() < 0.5, cfg.image_size // cfg.patch
-    found = [(sample.caption(rng), np.ones((n, n), bool))] if cfg.whole and sample.captioned() else []
+    crop = crop_around(boxes[int(rng.integers(len(boxes)))], image.size, rng)
+    flip = cfg.flip and rng.random() < 0.5
+    regions = []  # (text, edges in pixels of the crop)
+    if cfg.caption_as_region and sample.has_caption():
+        regions.append((sample.caption(rng), (0, 0, *crop[2:])))
     for i in rng.permutation(len(boxes)):
-        x, y, w, h, text = boxes[i]
-        a, b, c, d = max(x, left), max(y, top), min(x + w, right), min(y + h, bottom)
-        if c > a and d > b and (c - a) * (d - b) > w * h / 2:
-            a, c = (right - c, right - a) if flip else (a - left, c - left)
-            found.append((text, box_patches((a, b - top, c, d - top), (right - left, bottom - top), n)))
-    found = found[:cfg.entries]
-    image = distort(image, rng, False) if cfg.augment else image
-    texts = [tokenizer.pad(text, cfg.context) for text, _ in found] + [tokenizer.pad("", cfg.context)] * (cfg.entries - len(found))
-    patches = np.zeros((cfg.entries, n * n), bool)
-    patches[:len(found)] = [p.ravel() for _, p in found]
-    return {"region_images": data.crop(image, (left, top, right - left, bottom - top), cfg.image_size, flip),
-            "region_tokens": np.stack([t for t, _ in texts]), "region_valid": np.stack([v for _, v in texts]), "region_patches": patches,
-            "region_used": np.arange(cfg.entries) < len(found)}
+        edges = edges_in_crop(boxes[i], crop)
+        if edges is not None and len(regions) < cfg.texts_per_region:
+            regions.append((boxes[i][4], edges))
+    image = training_view(image, crop, flip, rng, cfg, PHOTOMETRIC)
+    return {"region_images": image, **stack_regions(regions, crop[2:], flip, cfg, tokenizer)}
 
 
-def box_patches(box, size, n):
-    """Edges (left, top, right, bottom) in an image of `size` (width, height) -> (n, n) bool: every patch that the box touches, at least one."""
-    marked = np.zeros((n, n), bool)
-    (x, y), (right, bottom) = ([min(int(edge * n / side), n - 1) for edge, side in zip(box[:2], size)],
-                               [math.ceil(edge * n / side) for edge, side in zip(box[2:], size)])
-    marked[y:max(bottom, y + 1), x:max(right, x + 1)] = True
-    return marked
+def crop_around(box, size, rng):
+    """A crop (x, y, w, h) that holds a whole box (x, y, w, h, text) of an image of `size` (width,
+    height). Each edge is uniform over the pixels between the box and the image's edge."""
+    x, y, w, h, _ = box
+    left = int(rng.integers(int(x) + 1))
+    top = int(rng.integers(int(y) + 1))
+    right = int(rng.integers(math.ceil(x + w), size[0] + 1))
+    bottom = int(rng.integers(math.ceil(y + h), size[1] + 1))
+    return left, top, right - left, bottom - top
 
 
-class Joined(torch.utils.data.Dataset):
-    """Batches of pairs and of region images, made of their own plans, as one."""
-    def __init__(self, *parts):
-        self.parts = parts
+def edges_in_crop(box, crop):
+    """Left, top, right and bottom of what a crop (x, y, w, h) shows of a box (x, y, w, h, text), in
+    pixels of the crop; None if that is not more than half of the box (X-VLM)."""
+    x, y, w, h, _ = box
+    left = max(x - crop[0], 0)
+    top = max(y - crop[1], 0)
+    right = min(x - crop[0] + w, crop[2])
+    bottom = min(y - crop[1] + h, crop[3])
+    area = max(right - left, 0) * max(bottom - top, 0)
+    if area > w * h / 2:
+        return left, top, right, bottom
+    return None
+
+
+def box_patches(edges, size, grid):
+    """Every patch that a box touches, at least one: (grid, grid) bool.
+
+    edges: left, top, right, bottom in an image of `size` (width, height).
+    """
+    left, top, right, bottom = edges
+    width, height = size
+    column = min(int(left * grid / width), grid - 1)
+    row = min(int(top * grid / height), grid - 1)
+    end_column = max(math.ceil(right * grid / width), column + 1)
+    end_row = max(math.ceil(bottom * grid / height), row + 1)
+    in_box = np.zeros((grid, grid), bool)
+    in_box[row:end_row, column:end_column] = True
+    return in_box
+
+
+def stack_regions(regions, size, flip, cfg, tokenizer):
+    """At most T regions (text, edges) of an image of `size`, filled up to T with unused texts.
+
+    flip: the image is mirrored after the edges were taken.
+    """
+    T = cfg.texts_per_region
+    grid = cfg.image_size // cfg.patch
+    in_box = np.zeros((T, grid, grid), bool)
+    padded = [tokenizer.pad("", cfg.region_context)] * T
+    for t, (text, edges) in enumerate(regions):
+        padded[t] = tokenizer.pad(text, cfg.region_context)
+        in_box[t] = box_patches(edges, size, grid)
+    if flip:
+        in_box = in_box[:, :, ::-1]
+    return {
+        "region_tokens": np.stack([tokens for tokens, _ in padded]),
+        "region_valid": np.stack([valid for _, valid in padded]),
+        "region_in_box": in_box.reshape(T, -1),
+        "region_used": np.arange(T) < len(regions),
+    }
+
+
+class PairsAndRegions(torch.utils.data.Dataset):
+    """Batches of pairs and batches of images with boxes, joined; each has an order of its own."""
+
+    def __init__(self, pairs, regions):
+        self.pairs = pairs
+        self.regions = regions
 
     def __getitem__(self, step):
-        pairs, regions = (part[step] for part in self.parts)
-        if "error" in pairs or "error" in regions:
-            return pairs if "error" in pairs else regions
+        pairs = self.pairs[step]
+        regions = self.regions[step]
+        for batch in (pairs, regions):
+            if "error" in batch:
+                return batch
         return {**pairs, **regions, "skipped": pairs["skipped"] + regions["skipped"]}
 
 
-def has_boxes(index):
-    """Has any of a hundred samples, spread over all, a box with a text?"""
-    def found(i):
-        try:
-            sample = index[i]
-            return bool(sample.boxes(*sample.image().size))
-        except data.Skip:
-            return False
-    return any(map(found, np.linspace(0, len(index) - 1, 100).astype(int).tolist()))
+def training_data(cfg, index, tokenizer):
+    """-> training set of pairs, and the dataset of batches: pairs, with cfg.boxes also half as many
+    images with boxes (TiMix code: 64 texts of regions beside 128 pairs)."""
+    order = data.ShuffledOrder(index.starts, cfg.batch, cfg.seed)
+    pairs = data.TrainingSet(index, order, partial(example, cfg=cfg, tokenizer=tokenizer))
+    dataset = data.BatchDataset([pairs], cfg.batch, rank(), world_size())
+    if cfg.boxes:
+        order = data.ShuffledOrder(index.starts, cfg.batch // 2, cfg.seed + 1)
+        make_row = partial(region_example, cfg=cfg, tokenizer=tokenizer)
+        regions = data.TrainingSet(index, order, make_row)
+        regions = data.BatchDataset([regions], cfg.batch // 2, rank(), world_size())
+        dataset = PairsAndRegions(dataset, regions)
+    return pairs, dataset
 
 
-# ---- held-out pictures and gauges ----
-
-@torch.no_grad()
-def measure(model, tokenizer, cfg, device, index):
-    """On up to 512 held-out images with boxes, seen as in training: how well the predictor finds the patches of a text, and how many of the patches
-    that any box touches a mixture of side n / 2 covers, chosen by the predictor, at random, and the wrong way round."""
-    rows = []
-    for i in range(len(index)):
-        try:
-            sample, rng = index[i], data.rng_for(7, i)
-            image = sample.image()
-            touched = [box_patches((x, y, x + w, y + h), image.size, model.vision.grid) for x, y, w, h, _ in sample.boxes(*image.size)]
-            tokens, valid = tokenizer.pad(sample.caption(rng), cfg.context)
-            rows.append({**region_example(sample, rng, cfg, tokenizer), "images": data.crop(image, (0, 0, *image.size), cfg.image_size),
-                         "tokens": tokens, "valid": valid, "touched": np.any(touched, 0).ravel()})
-        except data.Skip:
-            continue
-        if len(rows) == 512:
-            break
-    if len(rows) < 2:
-        return {}
-    batch = {k: v.to(device) for k, v in data.stack(rows[:len(rows) // 2 * 2]).items()}
-    with common.autocast(cfg, device):
-        h = model.vision(batch["region_images"], upto=model.tap)[:, 1:].repeat_interleave(cfg.entries, 0)
-        found = model.predictor(h, model.text(batch["region_tokens"].flatten(0, 1), batch["region_valid"].flatten(0, 1))[:, 0])
-        tapped, states = model.vision(batch["images"], upto=model.tap), model.text(batch["tokens"], batch["valid"])
-        scores = model.relevance(tapped, None, states, True)
-    used = batch["region_used"].flatten()
-    found, patches = (found[..., 1] > found[..., 0])[used], batch["region_patches"].flatten(0, 1)[used]
-    result = {"pta_accuracy": (found == patches).double().mean(), "pta_recall": found[patches].double().mean(),
-              "pta_precision": patches[found].double().mean(), "pta_relevant": patches.double().mean()}
-    chance = torch.rand(scores.shape, generator=common.generator(cfg.seed)).to(device)
-    for name, order in (("text", scores), ("random", chance), ("inverted", -scores)):
-        kept = text_aware_mix(batch["images"], order, model.vision.grid // 2).kept
-        result[f"covered_{name}"] = (batch["touched"] & ~kept).sum().double() / batch["touched"].sum()
-    return {name: value.item() for name, value in result.items()}
-
-
-@torch.no_grad()
-def draw(model, tokenizer, cfg, device, boxes):
-    """out/curves.png; out/mixing.png: image, its score map, partner, its score map, mixture, both captions with their weights. -> measure()"""
-    index, title = evaluation.held_out(cfg)
-    if rank():
-        return {}
-    terms = ["itc"] + ["mix"] * (cfg.mix != "none") + ["itm", "mlm"] * bool(model.teacher) + ["pta", "pta_recall"] * boxes
-    evaluation.curves(f"{cfg.out}/log.jsonl", f"{cfg.out}/curves.png", ["loss", *terms, "temperature", "grad_norm"],
-                      f"TiMix ({cfg.mix}), {cfg.steps} steps of {cfg.batch}")
-    samples, n = evaluation.specimens(index, 6), model.vision.grid
-    texts = [s.captions(lines=True)[0] for s in samples]
-    images = torch.stack([torch.tensor(data.centre(s.image(), cfg.image_size)) for s in samples])
-    tokens, valid = (torch.from_numpy(np.stack(x)).to(device) for x in zip(*(tokenizer.pad(t, cfg.context) for t in texts)))
-    with common.autocast(cfg, device):
-        seen, tapped = model.vision(images.to(device), tap=model.tap)
-        scores = model.relevance(tapped, seen, model.text(tokens, valid), boxes).float().cpu()
-    mix, cells = text_aware_mix(images, scores, max(1, n // 2)), []
-    maps = [evaluation.overlay(image, score.view(n, n)) for image, score in zip(images, scores)]
-    for i in range(6):
-        j = 5 - i
-        cells += [(images[i], "image i", None), (maps[i], "what its caption names", None), (images[j], "image j", None), (maps[j], "", None),
-                  (mix.images[i], "mixture", None), (None, f"{mix.lam:.2f}: {texts[i]}    {1 - mix.lam:.2f}: {texts[j]}", None)]
-    how = "patch predictor" if boxes else "cosine of patch and text"
-    evaluation.sheet(cells, f"{cfg.out}/mixing.png", 6, f"{title.capitalize()}: text-aware mixing, scores by {how}", 128)
-    return measure(model, tokenizer, cfg, device, index) if boxes else {}
-
+# ---- training ----
 
 def check(cfg):
-    for name, allowed in (("base", ("albef", "clip")), ("mix", ("none", *MIXERS)), ("targets", ("predicted", "area", "relevance"))):
-        if getattr(cfg, name) not in allowed:
-            raise UserError(f"--{name} {getattr(cfg, name)}: choose {', '.join(allowed)}")
-    if cfg.mask_ratio > 0.5:
-        raise UserError(f"--mask-ratio {cfg.mask_ratio}: at most half of a caption's words can be asked")
+    common.check_batch(cfg.batch, group=cfg.group)
+    if cfg.mix not in ("none", "cutmix", "random", "text"):
+        raise UserError(f"--mix {cfg.mix}: choose none, cutmix, random or text")
     if not 0 < cfg.min_side <= cfg.max_side <= 1:
-        raise UserError(f"--min-side {cfg.min_side} --max-side {cfg.max_side}: a window's side lies between 0 and 1 sides of the image")
+        raise UserError(f"--min-side {cfg.min_side} --max-side {cfg.max_side}: give sides of the "
+                        "window between 0 and 1, the smallest first")
+    if cfg.mask_ratio > 0.5:
+        raise UserError(f"--mask-ratio {cfg.mask_ratio}: give 0.5 or less, since at most half of "
+                        "the context is masked")
+    if cfg.texts_per_region < 1:
+        raise UserError(f"--texts-per-region {cfg.texts_per_region}: give 1 or more")
+    if cfg.texts_per_region == 1 and cfg.caption_as_region:
+        raise UserError("--texts-per-region 1: the caption would be the only text, to which every "
+                        "patch belongs; give 2 or more, or --no-caption-as-region")
 
 
+def trains_predictor(cfg, index):
+    """As --boxes says; without it, if the first sample has boxes. Never at weight 0."""
+    if not cfg.w_pta:
+        return False
+    if cfg.boxes is not None:
+        return cfg.boxes
+    try:
+        return has_boxes(index[0])
+    except data.Skip:
+        return False
+
+
+@common.owns_output_folder
 def main(cfg):
     """Train, evaluate, draw. Returns the metrics of the last evaluation."""
+    device = common.init_distributed()
     check(cfg)
-    device = common.start(cfg)
-    cfg = data.with_world(cfg)
-    state = common.resume(cfg, "TiMix")
-    index, = data.indices_of(cfg.data)
-    tokenizer = common.rank0_first(lambda: data.vocabulary(cfg, index, state))
-    make, boxes = partial(example, cfg=cfg, tokenizer=tokenizer), has_boxes(index)
-    rows = [data.Rows(index, data.Plan(index.starts, cfg.batch, cfg.seed, cfg.window), make)]
-    batches = data.Batches(rows, cfg.batch, rank(), world())
-    if boxes:
-        plan = data.Plan(index.starts, cfg.batch // 2, cfg.seed + 1, cfg.window)
-        regions = data.Rows(index, plan, partial(region_example, cfg=cfg, tokenizer=tokenizer))
-        batches = Joined(batches, data.Batches([regions], cfg.batch // 2, rank(), world()))
-    elif cfg.targets == "relevance":
-        raise UserError("--targets relevance needs probabilities of the patch predictor, which boxes teach: there are none in this data")
+    cfg = data.use_toy_data(cfg)
+    if cfg.eval_every >= 0:
+        import eval as evaluation
+        evaluation.check_held_out(cfg)  # now, not after the last step
+    index = data.open_index(cfg.data)
+    cfg = replace(cfg, boxes=trains_predictor(cfg, index))
+    if not cfg.boxes:
+        print0("no boxes or --w-pta 0: the patch predictor is not trained, patches are scored by "
+               "their cosine with the text")
+    torch.manual_seed(cfg.seed)  # the same initial weights on every rank
     model = TiMix(cfg).to(device)
-    common.init_encoder(model.vision, cfg.init)
-    if cfg.init and model.teacher:
-        model.follow(0)                                      # the teacher starts where the model does
-    opt = common.adamw(model, cfg, betas=(0.9, 0.999))       # torch's, as TiMix's code
-    first, peak = common.restore(state, model, opt), cfg.lr
-    common.describe(cfg, device, model, rows, first, peak)
-    print0("patch scores: " + ("patch predictor, taught by boxes" if boxes else "no boxes in the data, so cosines of patches and text; PTA is off"))
-    batches = data.Loader(batches, first, cfg, device)
-    fast, slow = (part and SimpleNamespace(**{name: common.compiled(getattr(part, name), cfg, device) for name in ("vision", "text", "fuse")})
-                  for part in (model, model.teacher))
-    log = common.Log(cfg, device, first, data.REASONS)
+    optimizer = common.adamw(model, cfg.wd, betas=(0.9, 0.999))  # torch's, as TiMix code
+    start_step, vocab = common.resume_from(cfg, model, optimizer)
 
-    for step in range(first, cfg.steps):
-        model.clamp()
-        if model.teacher:
-            model.follow(cfg.momentum)                       # before its opinion is asked (ALBEF)
-        batch, rise = log.next(batches), min(1.0, step / max(1.0, cfg.ramp * cfg.steps))
-        noise = common.row_noise(cfg, step, 2 * cfg.context + 2 * cfg.block + model.vision.grid ** 2)
-        mixing = cfg.mix != "none" and step < cfg.mix_until * cfg.steps
-        terms, gauges = losses(model, batch, noise, common.generator(cfg.seed, step, 1), cfg, rise, mixing, fast, slow)
-        loss = sum(getattr(cfg, f"w_{name}") * (rise if name == "mix" else 1) * term for name, term in terms.items())
-        terms, temperature = {**terms, **gauges}, model.temperature.detach().clone()
+    tokenizer = data.make_tokenizer(cfg, index, vocab)
+    pairs, dataset = training_data(cfg, index, tokenizer)
+    batches = data.loader(dataset, start_step, cfg.steps, cfg.workers, device)
+    model.compile_methods(cfg.compile, device)
+    common.print_summary(cfg, device, model, [pairs], start_step, cfg.lr)
+    log = common.Log(cfg, start_step, data.REASONS, data.UNREADABLE)
+
+    for step in range(start_step, cfg.steps):
+        model.clamp_temperature()
+        model.update_ema(cfg.momentum)  # before the teacher is used (ALBEF)
+        batch = next(batches)
+        lr = common.cosine_lr(step, cfg.steps, cfg.warmup, cfg.lr)
+        ramp = min(1.0, step / max(1.0, cfg.ramp * cfg.steps))
+        mixing = cfg.mix != "none" and cfg.w_mix > 0 and step < cfg.mix_until * cfg.steps
+        noise = draw_noise(cfg, step, device)
+        generator = common.generator(common.Stream.STEP, cfg.seed, step)
+        with common.autocast(cfg.precision, device):
+            loss, terms = losses(model, batch, noise, generator, cfg, ramp, mixing)
+        terms["temperature"] = model.temperature.detach().clone()  # as in this step
 
         # -- the same lines in every script, held together by tests/test_text.py --
-        for group in opt.param_groups:
-            group["lr"] = lr_at(step, cfg, peak)
-        opt.zero_grad(set_to_none=True)
-        with averaging(model.parameters()):                  # gradients become means over ranks while backward runs
-            loss.backward()
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)      # after averaging, or ranks drift apart; 0 = off
-        opt.step()
-        log.step(step, loss, terms, lr_at(step, cfg, peak), grad_norm, temperature)
-        if log.stop or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
-            log.settle()                                     # a checkpoint is written only after its own step was read clean
-            common.save(cfg, model, opt, step + 1, tokenizer.dumps(), log)
-        if cfg.eval_every > 0 and (step + 1) % cfg.eval_every == 0 and step + 1 < cfg.steps:
-            evaluation.evaluate(model, tokenizer, cfg, device)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        common.average_gradients(model.parameters())
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+        optimizer.step()
+        log(step, batch, lr, loss, grad_norm, terms)
+        if log.stop or common.is_save_step(step, cfg):
+            common.save(cfg, model, optimizer, step + 1, tokenizer.dumps())
         if log.stop:
             break
+        if common.is_eval_step(step, cfg):
+            evaluate(model, tokenizer, cfg, device)
         # -- end --
 
-    batches.close()
     log.close()
+    batches.close()
     if log.stop or cfg.eval_every < 0:
         return {}
-    result = evaluation.evaluate(model, tokenizer, cfg, device)
-    result.update(draw(model, tokenizer, cfg, device, boxes))
-    evaluation.write(result, cfg)
+    result = evaluate(model, tokenizer, cfg, device)
+    draw(model, tokenizer, cfg, device)
     return result
 
 
+def evaluate(model, tokenizer, cfg, device):
+    """Metrics on cfg.val as {name: fraction}; prints them and writes out/result.json."""
+    import eval as evaluation
+    result = evaluation.evaluate(model, tokenizer, cfg, device)
+    if cfg.boxes and cfg.val:
+        result.update(predictor_metrics(model, tokenizer, cfg, device))
+        evaluation.write_result(result, cfg)
+    return result
+
+
+@torch.no_grad()
+def predictor_metrics(model, tokenizer, cfg, device):
+    """Recall and precision of the patch predictor on the boxes of held-out images; prints them."""
+    import eval as evaluation
+    rows = held_out_regions(model, tokenizer, cfg)
+    if not rows:
+        return {}
+    batch = data.stack(rows)
+    log_probs = evaluation.in_batches(
+        model.region_log_probs, cfg, device, batch["region_images"], batch["region_tokens"],
+        batch["region_valid"], size=64)
+    metrics = recall_and_precision(log_probs, batch["region_in_box"], batch["region_used"])
+    metrics = {name: value.item() for name, value in metrics.items()}
+    print0(f"patches of {len(rows)} held-out images predicted from the texts of their boxes: "
+           f"recall {metrics['pta_recall']:.1%}, precision {metrics['pta_precision']:.1%}")
+    return metrics
+
+
+def held_out_regions(model, tokenizer, cfg, limit=512):
+    """Rows of the first held-out images with boxes."""
+    rows = []
+    for pattern in cfg.val:
+        index = data.open_index(pattern, "test")
+        for i in range(len(index)):
+            if len(rows) == limit:
+                return rows
+            try:
+                rows.append(held_out_row(index[i], model, tokenizer, cfg))
+            except data.Skip:
+                continue
+    return rows
+
+
+def held_out_row(sample, model, tokenizer, cfg):
+    """As region_example, but of the whole image and its first T boxes."""
+    if not has_boxes(sample):
+        raise data.Skip("no box")
+    image = sample.image()
+    regions = []
+    for x, y, w, h, text in sample.boxes(*image.size)[:cfg.texts_per_region]:
+        regions.append((text, (x, y, x + w, y + h)))
+    return {"region_images": model.held_out_view(image),
+            **stack_regions(regions, image.size, False, cfg, tokenizer)}
+
+
+# ---- pictures: a reader may stop here ----
+
+def draw(model, tokenizer, cfg, device):
+    """out/curves.png, and out/mixing.png: each image, its score map, its partner and its map, the
+    mixed image, both captions with their weights."""
+    import eval as evaluation
+    index, title = evaluation.held_out_pairs(cfg)
+    if rank() > 0:
+        return
+    terms = ["loss", "itc"]
+    if cfg.w_itm:
+        terms.append("itm")
+    if cfg.w_mlm:
+        terms.append("mlm")
+    if cfg.mix != "none" and cfg.w_mix:
+        terms.append("mix")
+    if cfg.boxes:
+        terms += ["pta", "pta_recall", "pta_precision"]
+    evaluation.curves(f"{cfg.out}/log.jsonl", f"{cfg.out}/curves.png",
+                      [*terms, "temperature", "grad_norm"],
+                      f"TiMix ({cfg.mix}), {cfg.steps} steps of {cfg.batch}")
+
+    how = "the patch predictor" if cfg.boxes else "cosine of patch and text"
+    samples = evaluation.pick_samples(index, 6)
+    with common.autocast(cfg.precision, device):
+        cells = mixing_cells(model, tokenizer, samples, cfg, device)
+    evaluation.sheet(cells, f"{cfg.out}/mixing.png", 6,
+                     f"Mixing of {title}, windows by {how}; trained with --mix {cfg.mix}", 128)
+
+
+@torch.no_grad()
+def mixing_cells(model, tokenizer, samples, cfg, device):
+    """Six cells of a sheet for each sample; sample i's partner is sample len - 1 - i."""
+    import eval as evaluation
+    texts = []
+    rows = []
+    for sample in samples:
+        texts.append(sample.captions(lines=True)[0])
+        tokens, valid = tokenizer.pad(texts[-1], cfg.context)
+        image = model.held_out_view(sample.image())
+        rows.append({"images": image, "tokens": tokens, "valid": valid})
+    batch = data.stack(rows)
+    encoded = model.encode(*[batch[name].to(device) for name in ("images", "tokens", "valid")])
+    scores = model.patch_scores(encoded).float().cpu()
+    n = model.vision.grid
+    images = batch["images"]
+    mixed, lam = text_aware_mix(images, scores, max(1, n // 2), len(images))
+    maps = [evaluation.overlay(image, score.view(n, n)) for image, score in zip(images, scores)]
+    cells = []
+    for i, text in enumerate(texts):
+        j = len(texts) - 1 - i
+        cells += [
+            (images[i], "image i", None), (maps[i], "patches of its caption", None),
+            (images[j], "image j", None), (maps[j], "patches of its caption", None),
+            (mixed[i], "mixed", None),
+            (None, f"{lam:.2f}: {text}    {1 - lam:.2f}: {texts[j]}", None),
+        ]
+    return cells
+
+
 if __name__ == "__main__":
-    common.guard(lambda: main(common.parse(Config, DEMO, __doc__)))
+    common.run(main, Config, DEMO, __doc__)

@@ -1,13 +1,21 @@
-"""Fixtures: a cache and a world of their own for the session, a tiny run, and pools of gloo processes that live as long as the session.
-Below them what the tests of several methods ask alike."""
-import contextlib, io, json, os, queue, signal, socket, sys, tempfile, traceback
+"""Fixtures and helpers that several test files share."""
+import contextlib
+import importlib
+import io
+import json
+import os
+import queue
+import socket
+import sys
+import tempfile
+import traceback
 from dataclasses import replace
-from functools import partial
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SHARED = os.path.join(os.path.dirname(ROOT), "shared", "data")
 sys.path.insert(0, ROOT)
 _cache = tempfile.TemporaryDirectory(prefix="vlp-cache-")
-os.environ["XDG_CACHE_HOME"] = _cache.name                   # before anything indexes: never the user's cache
+os.environ["XDG_CACHE_HOME"] = _cache.name  # before anything is indexed: never the user's cache
 
 import numpy as np
 import pytest
@@ -15,199 +23,251 @@ import torch
 import torch.multiprocessing as mp
 from PIL import Image
 
-import align
 import common
 import data
 
-SHARED = os.path.join(os.path.dirname(ROOT), "shared", "data")
+SCRIPTS = ["align", "mug", "lcl", "timix", "m3i"]
+
+# models of a few thousand parameters, for runs of a few steps
+TINY = dict(
+    image_size=16, patch=8, dim=16, depth=2, heads=2, vocab_size=300, batch=16, steps=8, lr=3e-3,
+    warmup=2, workers=0, precision="fp32", save_every=4, log_every=1, eval_every=-1,
+)
+TINY_OF = {
+    "align": dict(text_dim=16, text_depth=1, text_heads=2, context=16, temperature=0.07,
+                  flip=False),
+    "mug": dict(text_dim=16, text_depth=1, cross_depth=1, text_heads=2, pixel_dim=16,
+                pixel_depth=1, pixel_heads=2, context=16, mask_ratio=0.5, flip=False),
+    "lcl": dict(text_dim=16, text_depth=1, text_heads=2, context=128),
+    "timix": dict(text_dim=16, text_depth=1, fusion_depth=1, text_heads=2, embed=16, context=16,
+                  group=4, flip=False, augment=False, texts_per_region=2, caption_as_region=False),
+    "m3i": dict(text_dim=16, text_depth=1, text_heads=2, context=16, group=4, mask_unit=1,
+                projector_depth=1, decoder_depth=1, color=False, flip=False),
+}
+PARTS = {"lcl": {"docs": "docs"}, "m3i": {"data": "pairs", "labels": "labels"}}
 
 
-def pytest_configure(config):                                # data.py says so, but pytest has filters of its own
-    config.addinivalue_line("filterwarnings", r"ignore:::PIL\.")
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", r"ignore:::PIL\.")  # odd metadata; data.py says so
+
+
+def tiny_config(name, toy_data, out, **changes):
+    """A Config of the script `name` that trains on toy data in seconds."""
+    script = importlib.import_module(name)
+    fields = {**TINY, **TINY_OF[name], "out": str(out)}
+    for field, part in PARTS.get(name, {"data": "pairs"}).items():
+        fields[field] = [f"{toy_data}/{part}"]
+    return script.Config(**{**fields, **changes})
+
+
+# ---- data ----
+
+@pytest.fixture(scope="session")
+def toy_data(tmp_path_factory):
+    """Folder with pairs/, labels/ and docs/ of 256 toy scenes."""
+    root = str(tmp_path_factory.mktemp("toy"))
+    return data.make_toy_data(root, scenes=256, documents=128, parts=("pairs", "labels", "docs"))
 
 
 @pytest.fixture(scope="session")
-def tiny_world(tmp_path_factory):
-    return data.make_world(root=str(tmp_path_factory.mktemp("world")), scenes=256, parts=("pairs", "labels"))
+def shared():
+    """The folder of real shards beside the project."""
+    if not os.path.isdir(SHARED):
+        pytest.skip("no ../shared/data beside the project")
+    return SHARED
 
+
+BOXES = [
+    {"x": 6, "y": 5, "w": 20, "h": 14, "text": "red"},
+    {"x": 50, "y": 30, "w": 33, "h": 29, "text": "green"},
+    {"x": 30, "y": 8, "w": 9, "h": 40, "text": "blue"},
+]
+RGB = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+
+
+def painted_sample(boxes=BOXES, size=(96, 64), orientation=None, kind="PNG", **fields):
+    """A data.Sample: a gray image whose boxes are filled with the colors of their texts.
+
+    size: width, height. orientation: EXIF tag. fields: more of its json ("boxes" replaces them).
+    """
+    pixels = np.full((size[1], size[0], 3), 128, np.uint8)
+    for box in boxes:
+        rows = slice(box["y"], box["y"] + box["h"])
+        columns = slice(box["x"], box["x"] + box["w"])
+        pixels[rows, columns] = RGB[box["text"]]
+    exif = Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    options = {"quality": 95, "subsampling": 0} if kind == "JPEG" else {}
+    raw = io.BytesIO()
+    Image.fromarray(pixels).save(raw, kind, exif=exif, **options)
+    fields = json.dumps({"boxes": boxes, **fields})
+    return data.Sample("key", {"jpg": raw.getvalue(), "json": fields.encode()})
+
+
+# ---- ranks ----
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """For tiny models, whose threads would only wait for each other, and for sums to the bit, which depend on the number of threads."""
+    """For tiny models, and for sums to the bit, which depend on the number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def tiny(tiny_world, tmp_path):
-    """An ALIGN of a few thousand parameters on the tiny world: seconds for a few steps."""
-    return align.Config(data=[f"{tiny_world}/pairs"], out=str(tmp_path / "run"), image_size=16, patch=8, dim=16, depth=1, heads=2, text_dim=16,
-                        text_depth=1, text_heads=2, context=16, vocab_size=300, batch=16, steps=8, workers=0, log_every=1, precision="fp32",
-                        save_every=4, eval_every=-1, temperature=0.07, lr=1e-2, warmup=2, flip=False)
-
-
-@pytest.fixture(scope="session")
-def shared():
-    """The folder of real shards beside the project, where there is one."""
-    if not os.path.isdir(SHARED):
-        pytest.skip("no ../shared/data beside the project")
-    return SHARED
-
-
 def _serve(rank, world, port, tasks, results):
-    """One process of a pool: joins the group as torchrun would have it, then runs what it is sent."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    """One process of a pool: joins the group as torchrun would have it, then runs what it gets."""
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    common.join()
-    while (task := tasks.get()) is not None:
+    common.init_distributed()
+    while True:
+        task = tasks.get()
+        if task is None:
+            return
+        fn, *args = task
         try:
-            results.put((rank, True, task[0](*task[1:])))
-        except BaseException:                                # UserError, SystemExit, a failed assert: all are told to the test
+            results.put((rank, True, fn(*args)))
+        except BaseException:  # UserError, SystemExit, a failed assert: the test shows them all
             results.put((rank, False, traceback.format_exc()))
 
 
 class Pool:
-    """pool(fn, *args) runs a module-level fn on every rank and returns their results in rank order."""
+    """pool(fn, *args) runs a module-level function on every rank; -> results in rank order."""
+
     def __init__(self, world):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
         context = mp.get_context("spawn")
-        self.tasks, self.results = [context.Queue() for _ in range(world)], context.Queue()
-        self.processes = [context.Process(target=_serve, args=(r, world, port, self.tasks[r], self.results)) for r in range(world)]
-        for p in self.processes:                             # not daemons: those may not have loader workers
-            p.start()
+        self.tasks = [context.Queue() for _ in range(world)]
+        self.results = context.Queue()
+        self.processes = []
+        for rank in range(world):
+            args = (rank, world, port, self.tasks[rank], self.results)
+            process = context.Process(target=_serve, args=args)  # no daemon: it may have workers
+            process.start()
+            self.processes.append(process)
 
     def __call__(self, fn, *args):
-        found = {}
         for tasks in self.tasks:
             tasks.put((fn, *args))
-        while len(found) < len(self.tasks):
+        answers = {}
+        while len(answers) < len(self.tasks):
             try:
                 rank, ok, value = self.results.get(timeout=60)
             except queue.Empty:
-                ok, rank, value = False, "?", f"no answer; ranks {sorted(found)} are done"
-            if not ok:                                       # the others may wait for this one: the pool is of no more use
-                self.close(force=True)
+                rank, ok, value = "?", False, f"no answer; ranks {sorted(answers)} are done"
+            if not ok:  # the others may wait for this one: the pool is of no more use
+                self.kill()
                 raise AssertionError(f"rank {rank}:\n{value}")
-            found[rank] = value
-        return [found[r] for r in range(len(self.tasks))]
+            answers[rank] = value
+        return [answers[rank] for rank in range(len(self.tasks))]
 
-    def close(self, force=False):
-        for tasks, p in zip(self.tasks, self.processes):
-            p.kill() if force else tasks.put(None)
-        for p in self.processes:
-            p.join(10)
+    def kill(self):
+        for process in self.processes:
+            process.kill()
+            process.join(10)
         self.processes = []
+
+    def close(self):
+        for tasks in self.tasks:
+            tasks.put(None)
+        for process in self.processes:
+            process.join(10)
 
 
 @pytest.fixture(scope="session")
-def pools():
-    """pools(2), pools(4): started on first use (each start costs seconds), shared by all tests."""
-    made = {}
+def run_on_ranks():
+    """run_on_ranks(world, fn, *args): pools start on first use and are shared by all tests."""
+    pools = {}
 
-    def pool(world):
-        if world not in made or not made[world].processes:
-            made[world] = Pool(world)
-        return made[world]
-    yield pool
-    for pool in made.values():
+    def run_on(world, fn, *args):
+        if world not in pools or not pools[world].processes:
+            pools[world] = Pool(world)
+        return pools[world](fn, *args)
+
+    yield run_on
+    for pool in pools.values():
         pool.close()
 
 
-# ---- what the tests of several methods ask alike ----
-
-close = partial(pytest.approx, rel=1e-10, abs=1e-12)
-
-
-@contextlib.contextmanager
-def exact():
-    """float() means double(): rounding to float32 on the way would hide small mistakes."""
-    plain, torch.Tensor.float = torch.Tensor.float, torch.Tensor.double
-    try:
-        yield
-    finally:
-        torch.Tensor.float = plain
-
-
-def numbers(terms):
-    return {name: t.item() for name, t in terms.items()}
-
-
-def gradients(model, loss):
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    return dict(zip((n for n, _ in named), torch.autograd.grad(loss, [p for _, p in named], retain_graph=True, allow_unused=True)))
-
-
-def same_gradients(ours, theirs, **tolerance):
-    """None is as good as zero: nothing is learned."""
-    for name in ours.keys() | theirs.keys():
-        a, b = ours.get(name), theirs.get(name)
-        a, b = (torch.zeros_like(b) if a is None and b is not None else a), (torch.zeros_like(a) if b is None and a is not None else b)
-        if a is not None:
-            torch.testing.assert_close(a, b, **(tolerance or dict(rtol=1e-9, atol=1e-12)), msg=name)
-
-
-def far(a, b):
-    """The largest relative distance of two lists of tensors."""
-    return max(((x - y).norm() / y.norm().clamp(min=1e-12)).item() for x, y in zip(a, b, strict=True))
-
+# ---- runs ----
 
 def run(main, cfg):
-    """-> lines of the log, last checkpoint, metrics; None on ranks other than 0."""
-    torch.manual_seed(99 + common.rank())                    # what the process did before must not matter
+    """-> rows of the log, last checkpoint, metrics on rank 0; None on the others."""
+    torch.manual_seed(99 + common.rank())  # what the process did before must not matter
     result = main(cfg)
-    if common.rank() == 0:
-        with open(f"{cfg.out}/log.jsonl") as f:
-            return [json.loads(line) for line in f], common.read_checkpoint(f"{cfg.out}/last.pt"), result
+    if common.rank() > 0:
+        return None
+    with open(f"{cfg.out}/log.jsonl") as f:
+        rows = [json.loads(line) for line in f]
+    return rows, common.read_checkpoint(f"{cfg.out}/last.pt"), result
 
 
-def first_step(main, cfg):
-    """Gradients of the first step, caught where the optimiser would use them."""
-    caught, step = [], torch.optim.AdamW.step
-    torch.optim.AdamW.step = lambda opt: caught.extend(p.grad.clone() for g in opt.param_groups for p in g["params"])
+def first_gradients(name, cfg):
+    """Gradients of the first step of a script, caught where its optimizer would use them."""
+    script = importlib.import_module(name)
+    optimizer_class = getattr(script, "Lamb", torch.optim.AdamW)
+    step = optimizer_class.step
+    caught = []
+
+    def catch(optimizer):
+        for group in optimizer.param_groups:
+            caught.extend(p.grad.clone() for p in group["params"] if p.grad is not None)
+
+    optimizer_class.step = catch
     try:
-        main(replace(cfg, steps=1, out=f"{cfg.out}-first{common.world()}", fresh=True))
+        script.main(replace(cfg, steps=1, fresh=True))
     finally:
-        torch.optim.AdamW.step = step
+        optimizer_class.step = step
     return caught
-
-
-def resumes_bitwise(main, cfg, log, saved, keys, monkeypatch):
-    """Stopped by a signal in the third of its steps and started again, a run logs and saves to the bit what it did without a stop."""
-    cfg, following, calls = replace(cfg, out=cfg.out + "-stopped"), common.Log.next, []
-    with monkeypatch.context() as m:                         # told with the third batch, read with the fourth
-        m.setattr(common.Log, "next", lambda *args: (calls.append(1), len(calls) == 3 and os.kill(os.getpid(), signal.SIGTERM), following(*args))[2])
-        assert run(main, cfg)[1]["step"] == 4
-    again, state, _ = run(main, cfg)
-    assert keys and set(keys) <= {k for r in log for k in r}     # a term may be there in some steps only
-    assert [[r.get(k) for k in keys] for r in again] == [[r.get(k) for k in keys] for r in log]
-    assert all(torch.equal(v, saved["model"][k]) for k, v in state["model"].items())
-    assert all(torch.equal(v[k], saved["optimizer"]["state"][i][k]) for i, v in state["optimizer"]["state"].items() for k in v)
 
 
 def refused(main, cfg):
     """The one line with which a run is refused."""
-    with pytest.raises(common.UserError) as told:
+    with pytest.raises(common.UserError) as caught:
         main(cfg)
-    assert "\n" not in str(told.value)
-    return str(told.value)
+    line = str(caught.value)
+    assert "\n" not in line
+    return line
 
 
-SHAPES = [{"x": 6, "y": 5, "w": 20, "h": 14, "text": "red"}, {"x": 50, "y": 30, "w": 33, "h": 29, "text": "green"},
-          {"x": 30, "y": 8, "w": 9, "h": 40, "text": "blue"}]
-PAINT = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+def gradients(model, loss):
+    """{name: gradient, or None} of the trainable parameters."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(loss, list(named.values()), retain_graph=True, allow_unused=True)
+    return dict(zip(named, found))
 
 
-def painted(boxes=SHAPES, size=(96, 64), orientation=None, kind="PNG", listed=None, **fields):
-    """A sample of a grey image with its boxes filled in the colours of their texts."""
-    pixels, raw, exif = np.full((size[1], size[0], 3), 128, np.uint8), io.BytesIO(), Image.Exif()
-    for b in boxes:
-        pixels[b["y"]:b["y"] + b["h"], b["x"]:b["x"] + b["w"]] = PAINT[b["text"]]
-    if orientation:
-        exif[0x0112] = orientation
-    Image.fromarray(pixels).save(raw, kind, exif=exif, **({"quality": 95, "subsampling": 0} if kind == "JPEG" else {}))
-    return data.Sample("k", {"jpg": raw.getvalue(), "json": json.dumps({"boxes": boxes if listed is None else listed, **fields}).encode()})
+def assert_same_gradients(a, b, rtol=1e-9, atol=1e-12):
+    """a, b: {name: gradient}; None counts as zero."""
+    for name in a.keys() | b.keys():
+        x = a.get(name)
+        y = b.get(name)
+        if x is None and y is None:
+            continue
+        x = torch.zeros_like(y) if x is None else x
+        y = torch.zeros_like(x) if y is None else y
+        torch.testing.assert_close(x, y, rtol=rtol, atol=atol, msg=lambda m: f"{name}: {m}")
+
+
+@contextlib.contextmanager
+def signal_at_step(number, step):
+    """Send a signal to this process when the log is called for `step`."""
+    call = common.Log.__call__
+
+    def call_and_signal(log, current, *args):
+        if current == step:
+            os.kill(os.getpid(), number)
+        return call(log, current, *args)
+
+    common.Log.__call__ = call_and_signal
+    try:
+        yield
+    finally:
+        common.Log.__call__ = call
+
+

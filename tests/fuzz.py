@@ -1,432 +1,693 @@
-"""Damages shards and documents in every way we could think of and reads each as a training run and `data.py check` would.
+"""Damaged, odd and hostile shards, read as a training run and `data.py check` read them.
 
-    python tests/fuzz.py                                         # 500 variants, a minute or two
-    python tests/fuzz.py --variants 40 --seed 1 cut_anywhere     # one kind of damage
+    python tests/fuzz.py                # every kind of damage once, some 320 shards
+    python tests/fuzz.py --seconds 600  # go on with other random numbers for ten minutes
 
-Never a crash, a hang, a leak, a write outside the cache or a silent loss: what was not damaged is delivered as it was, what is passed over has
-a reason of data.REASONS, or a note where the tar itself is broken, and check tells. Exit code 1 if not.
+What must hold for each shard:
+- samples that were not damaged come out as they were; those behind a damaged header of the archive
+  may be missing if the index has a note about it
+- a damaged sample is skipped and counted under a reason, or gives what is stored in it; or the
+  whole shard is refused with one line; data.py check complains about all of that
+- no other exception, no hang, no file left open, at most 1 GiB more memory, nothing written outside
+  of the cache
+
+Prints a table of kinds, then what went wrong. Exit code 1 if anything did.
 """
-import argparse, collections, contextlib, copy, glob, gzip, io, json, os, signal, sys, tarfile, tempfile, threading, traceback
-from pathlib import Path
+import argparse
+import bz2
+import collections
+import contextlib
+import copy
+import functools
+import gc
+import gzip
+import io
+import json
+import os
+import resource
+import signal
+import sys
+import tarfile
+import tempfile
+import time
+import traceback
+import zlib
 from types import SimpleNamespace
+
+import numpy as np
+from PIL import Image, ImageChops
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-sys.dont_write_bytecode = True                               # a late import would write beside its source
+sys.dont_write_bytecode = True  # a late import would write beside its source
 
 import align
-import lcl
-import numpy as np
-from PIL import Image
-
+import common
 import data
+import lcl
 from common import UserError
+from data import Skip
 
-CFG = SimpleNamespace(image_size=16, patch=8, resize=1.0, scale=1.0, flip=False, context=16384, similarity=0, max_images=6, image_first=0.5)
-STORED = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}          # EXIF orientation -> the Image.Transpose in which an upright picture is stored
-KEYS = ["/etc/passwd", "../../../evil", "a/../../b", "~/evil", "$(touch evil)", "C:\\evil", "two\nlines", "caf\udce9", "l/" * 200 + "x", " "]
-NAMES = ["nodot", "x/.jpg", "x/__meta.jpg__", "other.jpg", "OTHER.JPG", "../x.exe", ".."]
-JUNK = [None, 7, -1, True, 10 ** 400, float("nan"), float("-inf"), "", "x", "../../etc/passwd.jpg", "\ud800", [], [[]], [None, 5], {}, {"a": []}]
-LINKS = [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE]
-X, G, L = tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME
+# settings of align.example and lcl.example: whole images, so that nothing is drawn at random
+CFG = SimpleNamespace(image_size=16, patch=8, resize=1.0, scale=1.0, flip=False, context=4096,
+                      similarity=0, max_images=6, image_first=0.5)
+BYTES = data.Tokenizer()
+SECONDS = 60  # until a shard counts as a hang
+MORE_MEMORY = 1024  # MiB, than before the first shard
 
 
-class Hang(BaseException):                                   # no Exception: Sample.image takes each of those for an unreadable picture
-    def raised(*_):
-        raise Hang
+class Failed(Exception):
+    """What is not as it must be."""
+
+
+class Hang(BaseException):  # no Exception: data.py takes some of those for an unreadable image
+    pass
+
+
+def expect(condition, otherwise):
+    if not condition:
+        raise Failed(otherwise)
+
+
+# ---- shards ----
+
+def smooth(rng):
+    """An image that no codec changes much, with other colors in each."""
+    y, x = np.mgrid[:32, :48] * 5 + int(rng.integers(10))
+    return Image.fromarray(np.stack([x, y, 255 - x * y // 255], -1).astype(np.uint8))
+
+
+def encode(image, kind="PNG", **options):
+    raw = io.BytesIO()
+    image.save(raw, kind, **options)
+    return raw.getvalue()
+
+
+def make_pair(rng):
+    name = f"a picture of number {rng.integers(1000)}"
+    record = {"caption": name, "boxes": [{"x": 2, "y": 3, "w": 9, "h": 8, "text": name}],
+              "qa": [{"question": "what is it?", "answer": name}]}
+    return {"jpg": encode(smooth(rng), "JPEG"), "txt": name.encode(), "cls": b"3",
+            "json": json.dumps(record).encode()}
+
+
+def make_document(rng, key):
+    info = []
+    for i in range(2):
+        info.append({"image_name": f"{key}.{i}.jpg", "matched_text_index": i, "matched_sim": 0.3})
+    record = {"text_list": ["One thing.", f"And {rng.integers(1000)} others."], "image_info": info}
+    return {"json": json.dumps(record).encode(), "0.jpg": encode(smooth(rng), "JPEG"),
+            "1.jpg": encode(smooth(rng), "JPEG")}
+
+
+def make_samples(rng, prefix=""):
+    """[(key, {suffix: bytes})] of a pair, a document and a pair."""
+    keys = [f"{prefix}{i}" for i in range(3)]
+    return [(keys[0], make_pair(rng)), (keys[1], make_document(rng, keys[1])),
+            (keys[2], make_pair(rng))]
 
 
 class Shard:
-    """Samples [key, {suffix: bytes}] to be damaged; raw is what the file will hold.
+    """The bytes of a tar of samples, which can be damaged, and what may come of the samples.
 
-    Samples neither hurt nor behind must come out as they went in; those behind a broken header may be missing if that is noted. wrong: must check
-    tell (None: if a reason or a note is given)? becomes: (suffix, picture or reason) or (None, caption), which the hurt sample must give.
+    hurt: keys of samples that may come out otherwise, or not at all; behind: of those that may be
+    missing if the index has a note. result: what the sample in `hurt` must give, as an image, a
+    caption or a Skip; None if that is left open. change(path), if any, happens after indexing.
     """
-    def __init__(self, samples, rng):
-        self.samples, self.rng = [[key, dict(members)] for key, members in samples], rng
-        self.hurt, self.behind, self.wrong, self.becomes, self.raw, self.stats, self.later = set(), set(), None, (), None, None, None
 
-    def any(self, choices):
-        return choices[int(self.rng.integers(len(choices)))]
-
-    def pack(self):
-        """The samples as a tar; heads: each header's place, key and size."""
-        out, self.heads = io.BytesIO(), []
-        with tarfile.open(fileobj=out, mode="w", format=tarfile.GNU_FORMAT) as tar:
-            for key, members in self.samples:
+    def __init__(self, samples, hurt=(), result=None, format=tarfile.GNU_FORMAT):
+        self.samples = samples
+        self.hurt = set(hurt)
+        self.behind = set()
+        self.result = result
+        self.change = None
+        self.extents = []  # (start, end, key) of each sample in the tar
+        self.files = []  # (start of the header, size) of each file
+        tar_bytes = io.BytesIO()
+        with tarfile.open(fileobj=tar_bytes, mode="w", format=format) as tar:
+            for key, members in samples:
+                start = tar.offset
                 for suffix, raw in members.items():
-                    self.heads.append((tar.offset, key, len(raw)))
-                    data.add(tar, suffix if suffix in NAMES else f"{key}.{suffix}", raw)
-            self.end = tar.offset
-        self.raw = bytearray(out.getvalue())
-        return self.raw
+                    self.files.append((tar.offset, len(raw)))
+                    data.add(tar, f"{key}.{suffix}", raw)
+                self.extents.append((start, tar.offset, key))
+        self.end = self.extents[-1][1]  # of the last sample; the end mark follows
+        self.raw = bytearray(tar_bytes.getvalue())
 
-    def splice(self, at, until, new):
-        """Other bytes in raw: hurts the samples there, puts the later ones behind."""
-        self.raw[at:until] = new
-        first, last = ([key for start, key, _ in self.heads if start <= place][-1] for place in (at, max(at, until - 1)))
-        keys = [key for key, _ in self.samples]
-        self.hurt, self.behind = set(keys[keys.index(first):keys.index(last) + 1]), set(keys[keys.index(last) + 1:])
+    def splice(self, start, end, new):
+        """Replace bytes: this hurts the samples there, and puts the later ones behind."""
+        end_of_damage = max(end, start + 1)
+        for sample_start, sample_end, key in self.extents:
+            if start < sample_end and sample_start < end_of_damage:
+                self.hurt.add(key)
+            elif sample_start >= end_of_damage:
+                self.behind.add(key)
+        self.raw[start:end] = new
 
-    def victim(self):
-        key, members = self.any(self.samples)
-        self.hurt = {key}
-        return members
 
-    def fields(self, change):
-        """change(fields) of a sample's json, which then alone tells the caption."""
-        members = self.victim()
-        fields, text = json.loads(members.get("json", b"{}")), members.pop("txt", None)
-        fields.update({"caption": text.decode()} if text else {})
-        change(fields)
-        members["json"] = json.dumps(fields).encode()
+def replaced(rng, result=None, kind="pair", **members):
+    """A shard where members of one sample are replaced, or left out if None."""
+    samples = make_samples(rng)
+    key, old = samples[1] if kind == "document" else samples[2 * int(rng.integers(2))]
+    for suffix, raw in members.items():
+        del old[suffix]
+        if raw is not None:
+            old[suffix] = raw
+    return Shard(samples, {key}, result)
 
-    def say(self, text):
-        self.fields(lambda f: f["text_list"].__setitem__(0, text) if "text_list" in f else f.update(caption=text))
-        self.wrong, self.becomes = False, (None, json.loads(json.dumps(text)))                   # two surrogates can meet and make a letter
 
-    def show(self, becomes, raw):
-        members = self.victim()
-        suffix = self.any([s for s in members if s.endswith(data.IMAGES) and s != "seg.png"])
-        members[suffix] = raw(members[suffix]) if callable(raw) else raw
-        self.wrong, self.becomes = isinstance(becomes, str) if becomes else None, (suffix, becomes) if becomes else ()
+def pick(rng, options):
+    return options[int(rng.integers(len(options)))]
+
+
+# ---- kinds of damage to the archive: each yields shards ----
+
+def cut_at_every_block(rng):
+    samples = make_samples(rng)
+    for block in range(0, Shard(samples).end + 1024, 512):
+        for end in (block, block + int(rng.integers(1, 512))):
+            shard = Shard(samples)
+            shard.splice(end, len(shard.raw), b"")
+            yield shard
+
+
+def flipped_bytes_in_headers(rng):
+    samples = make_samples(rng)
+    for start, _ in Shard(samples).files:
+        shard = Shard(samples)
+        place = start + int(rng.integers(512))
+        # one byte: two can cancel in the check sum
+        shard.splice(place, place + 1, bytes([shard.raw[place] ^ int(rng.integers(1, 256))]))
+        yield shard
+
+
+def flipped_bytes_in_files(rng):
+    samples = make_samples(rng)
+    for start, size in Shard(samples).files:
+        shard = Shard(samples)
+        for place in rng.integers(start + 512, start + 512 + size, 3).tolist():
+            shard.splice(place, place + 1, bytes([shard.raw[place] ^ int(rng.integers(1, 256))]))
+        shard.behind = set()
+        yield shard
+
+
+def zeros_lost_or_added_bytes(rng):
+    for _ in range(8):
+        samples = make_samples(rng)
+        place = int(rng.integers(Shard(samples).extents[-1][0]))  # at the end zeros are an end mark
+        block, _ = pick(rng, Shard(samples).files[:-4])
+        n = int(rng.integers(1, 512))
+        for start, end, new in ((block, block + 512, bytes(512)), (place, place + n, bytes(n)),
+                                (place, place + n, b""), (place, place, rng.bytes(n))):
+            shard = Shard(samples)
+            shard.splice(start, end, new)
+            yield shard
+
+
+def wrong_sizes_in_headers(rng):
+    for size in (0, 1, None, 2**31, 2**40, 2**63, 2**80, -1, -512, -2**40):
+        shard = Shard(make_samples(rng))
+        start, true_size = pick(rng, shard.files)
+        if size is None:
+            size = true_size + 512  # the next header, too
+        info = tarfile.TarInfo.frombuf(bytes(shard.raw[start:start + 512]), "utf-8", "strict")
+        info.size = size
+        shard.splice(start, start + 512, info.tobuf(tarfile.GNU_FORMAT))
+        yield shard
 
 
 def header(name, size=0, kind=tarfile.REGTYPE, link=""):
     info = tarfile.TarInfo(name)
-    info.size, info.type, info.linkname = size, kind, link
+    info.size = size
+    info.type = kind
+    info.linkname = link
     return info.tobuf(tarfile.GNU_FORMAT)
 
 
-def extended(kind, raw, told=None):
-    return header("x", len(raw) if told is None else told, kind) + raw + bytes(-len(raw) % 512)
+def extension(kind, content, size=None):
+    """A header that says something about the next: its long name, or records of pax."""
+    size = len(content) if size is None else size
+    return header("x", size, kind) + content + bytes(-len(content) % 512)
+
+
+def pax(name, value, kind=tarfile.XHDTYPE):
+    record = f" {name}={value}\n"
+    length = len(record) + len(str(len(record) + 2))
+    return extension(kind, f"{length}{record}".encode())
 
 
 def sparse(size):
-    """GNU's sparse file, of which nothing is stored, whatever size it tells."""
+    """GNU's sparse file, of which nothing is stored, whatever its size."""
     block = bytearray(header("sparse.jpg", 0, tarfile.GNUTYPE_SPARSE))
-    block[386:410], block[483:495], block[148:156] = b"%011o\0%011o\0" % (size, 0), b"%011o\0" % size, b" " * 8
+    block[386:410] = b"%011o\0%011o\0" % (size, 0)  # one part, empty, at the end
+    block[483:495] = b"%011o\0" % size
+    block[148:156] = b" " * 8  # the check sum is of a header with blanks in its place
     block[148:156] = b"%06o\0 " % sum(block)
     return bytes(block)
 
 
-def encoded(image, kind="PNG", **how):
-    image.save(out := io.BytesIO(), kind, **how)
-    return out.getvalue()
+def hostile_extensions(rng):
+    """Long names, records of pax and sparse members whose sizes are wrong or huge."""
+    inserts = [sparse(100), sparse(5000), sparse(2**32)]
+    inserts.append(3000 * extension(tarfile.GNUTYPE_LONGNAME, b"x.jpg"))
+    for kind in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME):
+        for size in (0, 2**35, 2**70, -512):
+            inserts.append(extension(kind, b"", size))
+    for kind in (tarfile.XHDTYPE, tarfile.XGLTYPE):  # for the next member, for all later ones
+        for name, value in (("size", -999_999), ("size", 10**9), ("size", "x"),
+                            ("path", "../../evil.jpg"), ("hdrcharset", "BINARY"),
+                            ("GNU.sparse.map", "0,9,"), ("GNU.sparse.size", 10**12)):
+            inserts.append(pax(name, value, kind))
+        inserts.append(extension(kind, b"99999999999 path=x.jpg\n"))
+        inserts.append(extension(kind, b"0 path=x.jpg\n"))
+    version = pax("GNU.sparse.major", 1) + pax("GNU.sparse.minor", 0)
+    inserts.append(version + header("sparse.jpg", 512) + b"999999999\n0\n".ljust(512, b"\0"))
+    for insert in inserts:
+        shard = Shard(make_samples(rng))
+        start, _ = pick(rng, shard.files)
+        shard.splice(start, start, insert)
+        if insert[156:157] == tarfile.XGLTYPE:
+            shard.hurt |= shard.behind
+        yield shard
 
 
-def smooth(rng, mode="RGB"):
-    """A picture that no codec changes much and every turn does."""
-    y, x = np.mgrid[:32, :48] * 5 + int(rng.integers(10))
-    return Image.fromarray(np.stack([x, y, 255 - x * y // 255], -1).astype(np.uint8)).convert(mode)
+def links_and_devices(rng):
+    for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE,
+                 tarfile.FIFOTYPE, tarfile.DIRTYPE):
+        shard = Shard(make_samples(rng))
+        for start, _ in reversed(shard.files):
+            name = pick(rng, ["0.webp", "/tmp/evil.jpg", "../evil.txt"])
+            link = pick(rng, ["/etc/passwd", "../../evil", "0.jpg"])
+            shard.raw[start:start] = header(name, 0, kind, link)
+        yield shard
 
 
-class Damages:
-    """Each takes a Shard, hurts it, and sets what must be found out."""
-    nothing = lambda s: setattr(s, "wrong", False)
-
-    def cut_anywhere(s):
-        at = int(s.rng.integers(1, len(s.pack())))
-        if at < s.end:
-            s.splice(at, at + 1, b"")
-        del s.raw[at:]
-        s.wrong = at < s.end + 512
-
-    def bit_flipped_in_a_header(s):                          # one, as two can cancel in the check sum
-        s.pack()
-        at = s.any(s.heads)[0] + int(s.rng.integers(512))
-        s.splice(at, at + 1, bytes([s.raw[at] ^ 1 << int(s.rng.integers(8))]))
-
-    def bits_flipped_in_a_body(s):
-        s.pack()
-        at, key, size = s.any(s.heads)
-        for place in s.rng.integers(at + 512, at + 512 + min(size, s.any([100, size])), 10):     # half of the times where a picture has its header
-            s.raw[place] ^= 1 << int(s.rng.integers(8))
-        s.hurt = {key}
-
-    def hole_of_zeros(s):
-        s.pack()
-        end = s.heads[-1][0]                                 # the last member zeroed to its end looks like the end of a shorter archive
-        at = s.any([s.any(s.heads[:-1])[0], int(s.rng.integers(end))])
-        until = min(end, at + s.any([512, 8192]))
-        s.splice(at, until, bytes(until - at))
-
-    def bytes_lost_or_added(s):
-        s.pack()
-        at, n = int(s.rng.integers(s.end - 512)), int(s.rng.integers(1, 512))
-        s.splice(at, *s.any([(at, s.rng.bytes(n)), (at + n, b"")]))
-
-    def header_tells_another_size(s):
-        s.pack()
-        at, _, size = s.any(s.heads)
-        info = tarfile.TarInfo.frombuf(s.raw[at:at + 512], "utf-8", "surrogateescape")
-        info.size = s.any([0, size // 2, size + 512, 2 ** 31, 2 ** 40, 2 ** 63, 2 ** 80, -1, -512, -2 ** 40])
-        s.splice(at, at + 512, info.tobuf(tarfile.GNU_FORMAT))
-
-    def hostile_header(s):
-        s.pack()
-        at = s.any(s.heads)[0]
-        s.splice(at, at, s.any([
-            *(extended(kind, b"", told) for kind in (X, G, L) for told in (2 ** 35, 2 ** 40, 2 ** 70, -512)), 3000 * extended(L, b"x.jpg"),
-            *(extended(kind, b"12 size=512\n") + header("x.jpg", -512) for kind in (X, G)), *map(sparse, (100, 5000, 2 ** 32)),
-            *(extended(kind, record) for kind in (X, G) for record in (b"16 size=-999999\n", b"17 size=99999999\n"))]))
-
-    def sparse_file_at_the_end(s):
-        s.pack()
-        s.raw[s.end:s.end], s.wrong = sparse(2 ** s.any([25, 32])), True
-
-    def links_and_devices(s):
-        s.pack()
-        for at, key, _ in reversed(s.heads):
-            s.raw[at:at] = header(s.any([f"{key}.webp", "/tmp/evil.jpg", "../evil.txt"]), 0, s.any(LINKS), s.any(["/etc/passwd", "../../evil"]))
-        s.wrong = False
-
-    def hostile_keys(s):
-        s.samples, s.wrong = [[f"{s.any(KEYS)}{i}", members] for i, (_, members) in enumerate(s.samples)], False
-
-    def renamed_member(s):
-        members, name = s.victim(), s.any(NAMES)
-        renamed = s.any(list(members))
-        for suffix in list(members):                         # their order stays
-            members[name if suffix == renamed else suffix] = members.pop(suffix)
-
-    def duplicate_keys(s):
-        at = int(s.rng.integers(len(s.samples)))
-        place = s.any([at + 1, len(s.samples)])
-        s.wrong = place == at + 1
-        s.samples.insert(place, s.samples[at])
-
-    def two_archives_in_one(s):
-        whole, half = s.samples, int(s.rng.integers(1, len(s.samples)))
-        s.behind, s.wrong = {key for key, _ in whole[half:]}, True
-        s.raw = Shard(whole[:half], s.rng).pack() + Shard(whole[half:], s.rng).pack()
-
-    def no_tar_at_all(s):
-        page = b"<!DOCTYPE html><title>403 Forbidden</title>"
-        s.raw = s.any([b"", page, page * 500, gzip.compress(s.pack(), mtime=0), s.rng.bytes(5000), b"\x1f\x8b"])
-        s.hurt, s.wrong = {key for key, _ in s.samples}, True
-
-    def changed_after_it_was_indexed(s):
-        raw = s.pack()
-        new = s.any([None, b"", raw[:int(s.rng.integers(s.end))], bytes(len(raw)), Shard(s.samples[::-1], s.rng).pack(), header("0.jpg", -512) * 999])
-        s.later = os.remove if new is None else lambda path: Path(path).write_bytes(new)
-        s.hurt, s.wrong = {key for key, _ in s.samples}, False
-
-    def broken_stats(s):
-        s.stats, s.wrong = s.any([b"", b"[" * 10000, b"\xff", b"[]", b'{"successes": NaN}', b'{"successes": "\\ud800\\n"}']), True
-
-    ten_thousand_pixels_a_side = lambda s: s.show("too many pixels", encoded(Image.new("1", (10_000, 10_000))))
-    gif_of_100_frames = lambda s: s.show("unreadable image", encoded(smooth(s.rng), "GIF", save_all=True, append_images=[
-        Image.new("RGB", (48, 32), (i, 0, 0)) for i in range(99)]))
-    broken_picture = lambda s: s.show("unreadable image", s.any([
-        b"", b"\xff\xd8", b"<svg/>", bytes(999), s.rng.bytes(999), lambda raw: raw[:len(raw) // 2], encoded(smooth(s.rng))[:60],
-        encoded(smooth(s.rng), "TIFF"), encoded(smooth(s.rng), "BMP")]))
-    odd_picture = lambda s: s.show(None, s.any([
-        *(encoded(Image.new("RGB", size)) for size in ((1, 1), (1, 5000), (5000, 1))), lambda raw: raw + s.rng.bytes(3000),
-        encoded(smooth(s.rng), "JPEG", exif=b"Exif\0\0" + s.rng.bytes(500))]))
-    megabyte_caption = lambda s: s.say(s.any([
-        "a red circle " * 80_000, "x" * 2 ** 20, "\u4e00" * 2 ** 20, " \n" * 10 + "y\0" * 2 ** 19, "<img> [MASK] " * 80_000]))
-    nul_and_lone_surrogates = lambda s: s.say("".join(
-        s.any(["\0", "\ud800", "\udfff", "\ufeff", "\u202e", "e", "\U0001f600", " "]) for _ in range(50)) + "!")
-
-    def turned_by_exif(s):
-        picture, how, exif = smooth(s.rng), s.any(list(STORED)), Image.Exif()
-        exif[0x0112] = how
-        s.show(picture, encoded(picture.transpose(STORED[how]), s.any(["JPEG", "PNG", "WEBP"]), exif=exif))
-
-    def unusual_picture(s):
-        plain, grey = smooth(s.rng), smooth(s.rng, "L")
-        frames, deep = [Image.new("RGB", plain.size)] * 9, Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
-        s.show(*s.any([(plain, encoded(plain.convert("CMYK"), "JPEG")), (plain, encoded(plain, "JPEG", progressive=True)), (grey, encoded(deep)),
-                       (plain, encoded(plain.quantize(256), transparency=0)), (plain, encoded(plain.convert("RGBA"))),
-                       (grey, encoded(grey.convert("LA"))), (grey, encoded(grey, "JPEG")),
-                       *((plain, encoded(plain, kind, save_all=True, append_images=frames)) for kind in ("PNG", "WEBP"))]))
-
-    def text_that_is_not_utf8(s):
-        members = s.victim()
-        members["json" if b"text_list" in members["json"] else "txt"], s.wrong = b"caf\xe9 \xff" + s.rng.bytes(20), True
-
-    def empty_caption(s):
-        s.say(s.any(["", " \n\t\u3000 "]))
-        s.wrong, s.becomes = None if any(b"text_list" in members["json"] for _, members in s.samples) else True, ()
-
-    def json_of_depth_10000(s):
-        s.victim()["json"] = s.any([b'{"caption": %s1%s}', b"%s1%s", b'{"text_list": %s1%s}']) % (b"[" * 10_000, b"]" * 10_000)
-        s.wrong = True
-
-    def json_with_nan_and_other_types(s):
-        def change(place):
-            while isinstance(place, (dict, list)) and place:
-                at = s.any(list(place) if isinstance(place, dict) else range(len(place)))
-                if not isinstance(place[at], (dict, list)) or s.rng.random() < 0.4:
-                    place[at] = copy.deepcopy(s.any(JUNK))
-                    break
-                place = place[at]
-        s.fields(lambda fields: [change(fields) for _ in range(3)])
-
-    def broken_json(s):
-        members = s.victim()
-        members["json"] = s.any([b"", b"[]", b"5", b"null", b"\xff", b'{"caption": "x"', b"{}", b'{"texts": [], "images": []}', members["json"][:-9]])
+def hostile_names(rng):
+    for prefix in ("/etc/passwd", "../../../evil", "a/../../b", "~/evil", "$(touch evil)", " ",
+                   "C:\\evil", "two\nlines", "caf\udce9", "\x1b[2J", "l/" * 200, "l" * 300):
+        for format in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+            yield Shard(make_samples(rng, prefix), format=format)
+    for name in ("nodot", "x/.jpg", "..", "/", "OTHER.JPG", "0.jpg", "__MACOSX/0.jpg"):
+        shard = Shard(make_samples(rng))
+        start, _ = pick(rng, shard.files)
+        shard.splice(start, start, header(name))
+        shard.behind = set()
+        yield shard
 
 
-KINDS = {name: function for name, function in vars(Damages).items() if not name.startswith("_")}
+def no_tar_at_all(rng):
+    samples = make_samples(rng)
+    page = b"<!DOCTYPE html><title>403 Forbidden</title>"
+    tar = bytes(Shard(samples).raw)
+    for raw in (b"", b"\x1f\x8b", page, 500 * page, rng.bytes(5000), bytes(10_240),
+                gzip.compress(tar), bz2.compress(tar)):
+        shard = Shard(samples, [key for key, _ in samples])
+        shard.raw = raw
+        yield shard
 
 
-def sources(root):
-    """[(samples, example)]: pairs and documents of the built-in world, and real ones where they lie beside the project."""
-    world = data.make_world(root=root, scenes=64, documents=32, parts=("pairs", "docs"))
-    folders = [f"{folder}/{part}" for folder in (world, os.path.join(os.path.dirname(ROOT), "shared", "data")) for part in ("pairs", "docs")]
-    indices = [data.Index(sorted(glob.glob(f"{folder}/train-*.tar"))[:1]) for folder in folders if os.path.isdir(folder)]
-    tokenizer = data.Tokenizer.train(data.first_captions(indices[0]), 400)
-    found = []
-    for index in indices:
-        samples = [(s.key, s.members) for s in map(index.__getitem__, range(32))]
-        script = lcl if b"text_list" in samples[0][1]["json"] else align
-        made = lambda sample, rng=None, example=script.example: example(sample, data.rng_for(9), CFG, tokenizer)     # whichever place it is read at
-        found.append((samples, made))
-        for key, members in samples:                         # what the variants are held to is itself held to Pillow and the text
-            sample, fields, row = data.Sample(key, members), json.loads(members["json"]), made(data.Sample(key, members))
-            for suffix in (s for s in members if s.endswith(data.IMAGES)):
-                assert np.array_equal(sample.image(member=suffix), Image.open(io.BytesIO(members[suffix])).convert("RGB")), key
-            texts = [members["txt"].decode()] if "txt" in members else fields.get("caption") or [" ".join(fields["text_list"])]
-            assert tokenizer.decode(row["ids" if script is lcl else "tokens"]).split() in [text.split() for text in texts], key
-    return found
+def changed_after_indexing(rng):
+    samples = make_samples(rng)
+    tar = bytes(Shard(samples).raw)
+    for new in (b"", tar[:3000], bytes(len(tar)), bytes(Shard(samples[::-1]).raw), None):
+        shard = Shard(samples, [key for key, _ in samples])
+        shard.change = os.remove if new is None else functools.partial(write, raw=new)
+        yield shard
 
 
-def check_given(sample, suffix, wanted):
-    """The picture of that suffix, the texts where it is None, or the reason why there is none, must be the wanted one."""
-    try:
-        if suffix:
-            found = sample.image(member=suffix)
-            near = not isinstance(wanted, str) and found.size == wanted.size and \
-                np.abs(np.asarray(found, int) - np.asarray(wanted.convert("RGB"), int)).mean() < 6
-        else:
-            found = sample.document(data.rng_for(0), least=0) if "text_list" in sample.json else sample.captions()
-            near = wanted in found or " ".join(wanted[:data.MAX_CAPTION].split()) in found
-    except data.Skip as reason:
-        found = str(reason)
-        near = found == wanted
-    assert near, f"{suffix or 'text'} should be {wanted!r:.80} and is {found!r:.80}"
+def write(path, raw):
+    with open(path, "wb") as f:
+        f.write(raw)
 
 
-def told(path):
-    """What data.py check says of a shard: (is anything wrong, the text)."""
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()):
-        try:
-            wrong = data.check([path])
-            text = out.getvalue()
-            assert wrong != ("nothing wrong" in text), text
-        except UserError as error:
-            wrong, text = True, str(error)
-            assert "\n" not in text, f"more than one line: {text}"
-    text.encode()                                            # a lone surrogate could not be printed
-    return wrong
+# ---- kinds of damage to what a sample holds ----
+
+def empty_members(rng):
+    yield replaced(rng, Skip("unreadable image"), jpg=b"")
+    yield replaced(rng, Skip("empty caption"), txt=b"")
+    yield replaced(rng, Skip("unreadable json"), json=b"")
+    yield replaced(rng, cls=b"")
+    yield replaced(rng, kind="document", **{"0.jpg": b"", "1.jpg": b""})
 
 
-def read(shard, path, other, beside, made):
-    """Counts of what became of a shard's samples, read with the intact shard `other` behind it; AssertionError if anything is not as it must be."""
-    counts, reasons, before, seen = collections.Counter(), set(), told(path), {}
-    try:
-        index = data.Index([path, other])
-    except UserError as error:
-        assert "\n" not in str(error) and before and len(shard.hurt) == len(shard.samples), error
-        return collections.Counter(refused=len(shard.samples))
-    if shard.later:
-        shard.later(path)
+def damaged_images(rng):
+    image = smooth(rng)
+    jpeg = encode(image, "JPEG")
+    png = encode(image)
+    frames = [Image.new("RGB", image.size, (i, 0, 0)) for i in range(99)]
+    for raw in (jpeg[:len(jpeg) // 2], jpeg[:-20], jpeg[:20], b"\xff\xd8", png[:len(png) // 2],
+                png[:60], b"<svg/>", bytes(999), rng.bytes(999), encode(image, "TIFF"),
+                encode(image, "BMP"), encode(image, "WEBP")[:100],
+                encode(image, "GIF", save_all=True, append_images=frames)):
+        yield replaced(rng, Skip("unreadable image"), jpg=raw)
+
+
+def chunk(name, content):
+    """A chunk of a PNG."""
+    crc = zlib.crc32(name + content).to_bytes(4, "big")
+    return len(content).to_bytes(4, "big") + name + content + crc
+
+
+@functools.cache
+def bombs():
+    """[(bytes, what must come of them)]"""
+    black = Image.new("RGB", (48, 32))
+    png = encode(black)
+    zeros = zlib.compress(bytes(2**26))
+    huge = [bytearray(png), bytearray(encode(black, "JPEG"))]
+    size = (2**31 - 1).to_bytes(4, "big")
+    huge[0][8:33] = chunk(b"IHDR", size + size + png[24:29])
+    place = huge[1].index(b"\xff\xc0") + 5
+    huge[1][place:place + 4] = b"\xff" * 4
+    many = Skip("too many pixels")
+    results = [(bytes(raw), many) for raw in huge]
+    results.append((encode(Image.new("1", (10_000, 10_000))), many))
+    results.append((encode(Image.new("L", (5000, 5001))), many))
+    results.append((encode(Image.new("L", (5000, 5000))), Image.new("RGB", (5000, 5000))))
+    results.append((png[:33] + chunk(b"zTXt", b"a\0\0" + zeros) + png[33:], black))
+    results.append((png[:33] + chunk(b"iCCP", b"a\0\0" + zeros) + png[33:], black))
+    results.append((png[:33] + chunk(b"IDAT", zeros) + png[-12:], black))
+    return results
+
+
+def bombs_as_images(rng):
+    for raw, result in bombs():
+        yield replaced(rng, result, jpg=raw)
+
+
+def unusual_images(rng):
+    image = smooth(rng)
+    gray = image.convert("L")
+    deep = Image.fromarray(np.asarray(gray).astype(np.uint16) * 257)
+    frames = [Image.new("RGB", image.size)] * 9
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored with a quarter turn to the left
+    turned = image.transpose(Image.Transpose.ROTATE_90)
+    odd_exif = b"Exif\0\0" + rng.bytes(500)
+    for result, raw in (
+        (image, encode(image.convert("CMYK"), "JPEG")),
+        (image, encode(image, "JPEG", progressive=True)),
+        (image, encode(image, "JPEG", exif=odd_exif)),
+        (image, encode(image, "JPEG") + rng.bytes(3000)),
+        (image, encode(image.quantize(256), transparency=0)),
+        (image, encode(image.convert("RGBA"))),
+        (image, encode(image, save_all=True, append_images=frames)),
+        (image, encode(image, "WEBP", save_all=True, append_images=frames)),
+        (image, encode(turned, "JPEG", exif=exif)),
+        (image, encode(turned, exif=exif)),
+        (gray, encode(gray, "JPEG")),
+        (gray, encode(gray.convert("LA"))),
+        (gray, encode(deep)),
+    ):
+        yield replaced(rng, result.convert("RGB"), jpg=raw)
+    for size in ((1, 1), (1, 5000), (5000, 1)):
+        black = Image.new("RGB", size)
+        yield replaced(rng, black, jpg=encode(black), json=b"{}")  # no box would lie inside
+
+
+def encodings_of_text(rng):
+    bad = Skip("text not UTF-8")
+    for raw in ("a dog".encode("utf-16"), "a dog".encode("utf-16-le"), b"caf\xe9", b"a\0dog",
+                b"\xed\xa0\x80", rng.bytes(50) + b"\xff"):
+        yield replaced(rng, bad, txt=raw)
+    for text in ("\ufeffa dog", "\u0434\u043e\u043c", "\u202ea dog", "\U0001f600", "e\u0301",
+                 "<img> [MASK] <|endoftext|>", "x" * 2**20, "a red dog " * 10**5):
+        yield replaced(rng, text.lstrip("\ufeff"), txt=text.encode())
+    for text in (" \n\t", "\u3000", "\r\n\r\n"):
+        yield replaced(rng, Skip("empty caption"), txt=text.encode())
+    for text in ("\ud800", "a\0dog", "\udfff\ud800 x", "\u4e00" * 2**20):
+        yield replaced(rng, text, txt=None, json=json.dumps({"caption": text}).encode())
+
+
+JUNK = [None, 7, -1, True, 10**400, float("nan"), float("-inf"), "", "../../etc/passwd.jpg",
+        "\ud800", [], [[]], [None, 5], {}, {"a": []}]
+
+
+def replace_somewhere(rng, value, junk):
+    """Put junk in the place of a field of a JSON value, or of one inside it."""
+    places = list(value) if isinstance(value, dict) else range(len(value))
+    place = pick(rng, list(places))
+    inner = value[place]
+    if isinstance(inner, (dict, list)) and inner and rng.random() < 0.7:
+        replace_somewhere(rng, inner, junk)
+    else:
+        value[place] = copy.deepcopy(junk)
+
+
+def json_of_wrong_types(rng):
+    for junk in JUNK:
+        for make, kind, without in ((make_pair(rng), "pair", {"txt": None}),
+                                    (make_document(rng, "1"), "document", {})):
+            record = json.loads(make["json"])
+            for _ in range(int(rng.integers(1, 4))):
+                replace_somewhere(rng, record, junk)
+            yield replaced(rng, kind=kind, json=json.dumps(record).encode(), **without)
+
+
+def broken_json(rng):
+    deep = b"[" * 100_000 + b"]" * 100_000
+    for raw in (b"[]", b"5", b"null", b"\xff", b'{"caption": "x"', b"{'caption': 'x'}", deep,
+                b'{"caption": %s}' % deep, b'{"text_list": %s}' % deep, b'{"a": 1' + b"0" * 9999):
+        yield replaced(rng, Skip("unreadable json"), txt=None, json=raw)
+        yield replaced(rng, Skip("unreadable json"), kind="document", json=raw)
+    yield replaced(rng, Skip("no caption"), txt=None, json=b"{}")
+
+
+KINDS = (cut_at_every_block, flipped_bytes_in_headers, flipped_bytes_in_files,
+         zeros_lost_or_added_bytes, wrong_sizes_in_headers, hostile_extensions, links_and_devices,
+         hostile_names, no_tar_at_all, changed_after_indexing, empty_members, damaged_images,
+         bombs_as_images, unusual_images, encodings_of_text, json_of_wrong_types, broken_json)
+
+
+# ---- what comes of a shard ----
+
+def make_row(sample, rng=None):
+    """What a training run makes of a sample, and its key. Equal wherever the sample stands."""
+    script = lcl if sample.is_document() else align
+    return {"key": sample.key, **script.example(sample, common.rng(0, 0), CFG, BYTES)}
+
+
+def are_equal(row, other):
+    if row is None or row.keys() != other.keys():
+        return False
+    return all(np.array_equal(row[name], other[name]) for name in row)
+
+
+def only_row(rows):
+    return rows[0]
+
+
+def read_samples(index):
+    """Each sample by itself. -> {key: row}, {reason: number of samples skipped}"""
+    rows = {}
+    reasons = collections.Counter()
     for i in range(len(index)):
         try:
-            sample = index[i]
-            if sample.key in shard.hurt and shard.becomes:
-                check_given(sample, *shard.becomes)
-            seen[sample.key] = made(sample)
-            counts["delivered"] += int(i < index.starts[1])
-            reasons |= {"caption not UTF-8"} if sample.damaged_text else set()
-        except data.Skip as reason:
-            counts[str(reason)] += 1
-            reasons.add(str(reason))
-    try:
-        data.first_captions(index)                           # for the vocabulary
-    except UserError as error:
-        assert "no caption in the first shard" in str(error), error
+            rows[index.key(i)] = make_row(index[i])
+        except Skip as reason:
+            reasons[str(reason)] += 1
+    return rows, reasons
 
-    rows, skipped = [], collections.Counter()
-    source = data.Rows(index, data.Plan(index.starts, 1, 0, 4), lambda sample, _: rows.append(sample.key) or made(sample))
+
+def read_epoch(index):
+    """An epoch of a training run. -> {key: row}, set of reasons"""
+    order = data.ShuffledOrder(index.starts, batch=1, seed=0)
+    rows = data.TrainingSet(index, order, make_row)
+    dataset = data.BatchDataset([rows], batch=1, collate=only_row)
+    found = {}
+    reasons = set()
     for step in range(len(index)):
-        source(step, 0, skipped)
-    assert set(+skipped) == reasons <= set(data.REASONS), f"{reasons} of the samples, {set(+skipped)} of an epoch"
-    notes = index.notes.get(path, {})
-    assert notes or index.starts[1] >= len(shard.samples), f"{len(shard.samples) - index.starts[1]} samples lost silently"
-    for key, members in [*shard.samples, *beside]:
-        if key not in shard.hurt and not (key in shard.behind and notes and key not in seen):
-            wanted, found = made(data.Sample(key, members)), seen.get(key, {})
-            assert key in rows and all(np.array_equal(wanted[name], found.get(name)) for name in wanted), f"intact sample {key!r} is lost or another"
-    hidden = reasons - {"no caption", "no image left"}       # a label needs no caption; a document's images may be beyond the context
-    wrong = bool(notes or hidden) if shard.wrong is None else shard.wrong
-    assert before == wrong or shard.wrong is None and before, f"check says {before}, wrong is {wrong}: {dict(counts)} {notes}"
-    counts.update({f"note: {note}": n for note, n in notes.items()})
-    return counts
+        row = dataset[step]
+        expect("error" not in row, row.get("error"))
+        skipped = row.pop("skipped").tolist()
+        reasons |= {reason for reason, n in zip(data.REASONS, skipped) if n}
+        found[row["key"]] = row
+    return found, reasons
 
 
-def variant(kind, seed, number, source, root, outside):
-    """One damaged shard -> (counts, what is wrong with it or None)."""
-    samples, made = source
-    rng = data.rng_for(seed, number)
-    first, path, other = int(rng.integers(len(samples) - 10)), f"{root}/{number}.tar", f"{root}/{number}-other.tar"
-    shard, beside = Shard(samples[first:first + 8], rng), samples[first + 8:first + 10]
-    KINDS[kind](shard)
-    Path(path).write_bytes(shard.raw if shard.raw is not None else shard.pack())
-    Path(other).write_bytes(Shard(beside, rng).pack())
-    if shard.stats is not None:
-        Path(f"{root}/{number}_stats.json").write_bytes(shard.stats)
-    files, threads, counts = len(os.listdir("/dev/fd")), threading.active_count(), collections.Counter()
+def check_complains(path):
+    """Does data.py check find anything wrong?"""
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        is_bad = data.check([path])
+    lines = output.getvalue().splitlines()
+    expect(is_bad == (len(lines) > 1), f"check prints {lines} and returns {is_bad}")
+    "".join(lines).encode()  # raises if it could not be printed
+    return is_bad
+
+
+def index_refuses(path):
+    """Is the shard alone refused? With one line."""
     try:
-        signal.alarm(60)
-        counts = read(shard, path, other, beside, made)
-        signal.alarm(0)
-        left = len(os.listdir("/dev/fd")) - files
-        assert not left and threading.active_count() == threads, f"{left} files and {threading.active_count() - threads} threads are left open"
-        assert not outside, f"outside the cache: {outside}"
-    except (Exception, Hang) as error:
-        return counts, f"{error!r:.300} at " + " < ".join(f"{f.name}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)[:-6:-1])
-    finally:
-        signal.alarm(0)
-        outside.clear()
-    return counts, None
+        data.Index([path])
+    except UserError as error:
+        expect("\n" not in str(error), f"more than one line: {error}")
+        return True
+    return False
 
+
+def check_intact(sample, rows, epoch_rows):
+    row = make_row(sample)
+    expect(are_equal(rows.get(sample.key), row), f"the intact sample {sample.key!r} has changed")
+    expect(are_equal(epoch_rows.get(sample.key), row), f"{sample.key!r} has changed in the epoch")
+
+
+def check_result(sample, result):
+    """The damaged sample must give this Skip, image or caption."""
+    try:
+        row = make_row(sample)
+    except Skip as reason:
+        row = reason
+    if isinstance(result, Skip):
+        expect(str(row) == str(result), f"not skipped for {result}: {str(row)[:80]}")
+    elif isinstance(row, Skip):
+        raise Failed(f"it can be read, and is skipped for {row}")
+    elif isinstance(result, str):
+        caption = " ".join(result[:data.MAX_CAPTION].split())
+        expect(sample.captions() == [caption], f"caption {sample.captions()[0][:40]!r}")
+    else:
+        image = sample.image()
+        expect(image.size == result.size, f"size {image.size}, not {result.size}")
+        error = np.asarray(ImageChops.difference(image, result)).mean()
+        expect(error < 6, f"pixels differ by {error:.0f} on average")
+
+
+def check_complaint(shard, complains, reasons, notes):
+    """data.py check must complain of what is skipped and noted, and not of a sound shard."""
+    harmless = {data.HIDDEN, "no caption", "no image left"}  # boxes may do, where no caption is
+    is_bad = (reasons | notes) - harmless
+    expect(complains or not is_bad, f"check does not complain of {is_bad}")
+    is_sound = not reasons and not notes and (not shard.hurt or shard.result is not None)
+    expect(not complains or not is_sound, "check complains of a sound shard")
+
+
+def examine(shard, path, intact_path, intact):
+    """-> counts of what came of its samples. Raises Failed if that is not as it must be."""
+    write(path, shard.raw)
+    complains = check_complains(path)
+    is_refused = index_refuses(path)
+    index = data.Index([path, intact_path])
+    notes = index.notes.get(path, {})
+    if shard.change is not None:
+        shard.change(path)
+    rows, skipped = read_samples(index)
+    epoch_rows, epoch_reasons = read_epoch(index)
+    expect(epoch_reasons == set(skipped), f"skipped {skipped}, in an epoch {epoch_reasons}")
+    n_samples = int(index.starts[1])
+    n_missing = max(0, len(shard.samples) - n_samples)
+    expect(notes or is_refused or not n_missing, f"{n_missing} samples are missing without a note")
+    for key, members in [*shard.samples, *intact]:
+        key = key.encode("utf-8", "surrogateescape").decode(errors="replace")
+        is_missing = notes and key in shard.behind and key not in rows
+        if key not in shard.hurt and not is_missing:
+            check_intact(data.Sample(key, members), rows, epoch_rows)
+    if shard.result is not None:
+        numbers = [i for i in range(n_samples) if index.key(i) in shard.hurt]
+        expect(len(numbers) == 1, f"the damaged sample is there {len(numbers)} times")
+        check_result(index[numbers[0]], shard.result)
+
+    if shard.change is None:
+        check_complaint(shard, complains, set(skipped), set(notes))
+    n_skipped = sum(skipped.values())
+    return collections.Counter(
+        shards=1, refused=is_refused, missing=n_missing, skipped=n_skipped,
+        read=len(index) - len(intact) - n_skipped)
+
+
+# ---- command line ----
 
 def watch(root, outside):
-    """Notes in `outside` whatever is executed, connected, linked or opened for writing outside root."""
+    """Add to `outside` whatever is executed, connected, linked or written but below root."""
+    never = ("subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.symlink",
+             "os.link", "socket.connect")
+
     def hook(event, args):
-        if event.startswith(("subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.symlink", "os.link", "os.fork", "socket.connect")) or (
-                event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR) or event in ("os.mkdir", "os.rename")) and not str(args[0]).startswith(root):
-            outside.append((event, str(args[0])))
+        writes = event in ("os.mkdir", "os.rename", "os.truncate", "os.chmod")
+        if event == "open":
+            writes = bool(args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+        if event.startswith(never) or (writes and not str(args[0]).startswith(root)):
+            outside.append(f"{event} {args[0]}")
+
     sys.addaudithook(hook)
 
 
+def raise_hang(number, frame):
+    raise Hang(f"more than {SECONDS} s")
+
+
+def count_open_files():
+    gc.collect()  # an exception and its frames refer to each other
+    return len(os.listdir("/dev/fd"))
+
+
+def try_shard(shard, path, intact_path, intact, outside):
+    """-> counts, and what went wrong or None"""
+    n_files = count_open_files()
+    counts = collections.Counter(shards=1)
+    try:
+        signal.alarm(SECONDS)
+        counts = examine(shard, path, intact_path, intact)
+        expect(count_open_files() <= n_files, "files are left open")
+        expect(not outside, f"outside of the cache: {outside}")
+    except Failed as error:
+        return counts, str(error)
+    except (Exception, Hang) as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        return counts, f"{type(error).__name__}: {error}, {last.filename}:{last.lineno}"[:300]
+    finally:
+        signal.alarm(0)
+        outside.clear()
+        if os.path.exists(path):
+            os.remove(path)
+    return counts, None
+
+
+def print_table(table):
+    columns = ("shards", "refused", "missing", "skipped", "read")
+    print(f"{'kind':28}" + "".join(f"{name:>9}" for name in columns))
+    for kind, counts in table.items():
+        print(f"{kind:28}" + "".join(f"{counts[name]:9}" for name in columns))
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kinds", nargs="*", choices=[*KINDS, []], metavar="KIND")
-    parser.add_argument("--variants", type=int, default=500)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=0, help="go on for so long [one round]")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    args.kinds = args.kinds or list(KINDS)
-    counts, wrong, outside = {kind: collections.Counter() for kind in args.kinds}, collections.defaultdict(list), []
-    signal.signal(signal.SIGALRM, Hang.raised)
+    start = time.monotonic()
+    signal.signal(signal.SIGALRM, raise_hang)
+    table = {kind.__name__: collections.Counter() for kind in KINDS}
+    failures = []
+    outside = []
     with tempfile.TemporaryDirectory() as root:
         os.environ["XDG_CACHE_HOME"] = f"{root}/cache"
-        found = sources(root)
+        intact = make_samples(np.random.default_rng(args.seed), "intact")
+        intact_path = f"{root}/intact.tar"
+        write(intact_path, Shard(intact).raw)
+        bombs()  # made now, so that the memory for it does not count
+        gc.freeze()
         watch(root, outside)
-        for number in range(args.variants):
-            kind, source = args.kinds[number % len(args.kinds)], found[number // len(args.kinds) % len(found)]
-            result, problem = variant(kind, args.seed, number, source, root, outside)
-            counts[kind].update(variants=1, **result)
-            if problem:
-                wrong[kind].append(f"variant {number}: {problem}")
-    for kind in args.kinds:
-        told = [f"{n} {what}" for what, n in counts[kind].items()]
-        print(f"{kind}: {', '.join(told)}", *wrong[kind], sep="\n    ")
-    print(f"{args.variants} variants, {sum(map(len, wrong.values()))} of them wrong")
-    sys.exit(any(wrong.values()))
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        round_number = 0
+        while round_number == 0 or time.monotonic() - start < args.seconds:
+            for number, kind in enumerate(KINDS):
+                rng = np.random.default_rng([args.seed, round_number, number])
+                for i, shard in enumerate(kind(rng)):
+                    path = f"{root}/{round_number}-{number}-{i}.tar"
+                    counts, problem = try_shard(shard, path, intact_path, intact, outside)
+                    table[kind.__name__].update(counts)
+                    if problem is not None:
+                        failures.append(f"{kind.__name__} {i}, round {round_number}: {problem}")
+            round_number += 1
+    more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) // 1024
+    if more > MORE_MEMORY:
+        failures.append(f"{more} MiB more memory were needed")
+    print_table(table)
+    for line in failures:
+        print(line)
+    print(f"{sum(counts['shards'] for counts in table.values())} shards in "
+          f"{time.monotonic() - start:.0f} s, {more} MiB more memory: {len(failures)} failures")
+    sys.exit(bool(failures))
 
 
 if __name__ == "__main__":

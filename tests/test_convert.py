@@ -1,5 +1,9 @@
-"""Every layout by a tiny example of its form (formats 3 to 8): the records that reach a reader, what is dropped, and what stops a conversion."""
-import base64, io, json, os, tarfile
+"""Converters: what of each layout reaches a reader, and what a record that cannot be used costs."""
+import io
+import json
+import os
+import re
+import zipfile
 
 import numpy as np
 import pytest
@@ -7,321 +11,500 @@ from PIL import Image
 
 import data
 from common import UserError
-from data import Index
 
 
-def image_bytes(shade, kind="JPEG", size=(8, 6)):
-    out = io.BytesIO()
-    Image.new("RGB", size, (shade, 20, 30)).save(out, kind)
-    return out.getvalue()
+def image_bytes(shade, kind="JPEG"):
+    raw = io.BytesIO()
+    Image.new("RGB", (8, 6), (shade, 20, 30)).save(raw, kind)
+    return raw.getvalue()
 
 
-def coco_name(i, part="train2014"):
-    return f"COCO_{part}_{i:012d}.jpg"
+def shade_of(sample):
+    """Which image this is: files are copied as they are."""
+    return {image_bytes(10 * k): k for k in range(1, 26)}[sample.members["jpg"]]
+
+
+def coco_name(i):
+    return f"COCO_train2014_{i:012d}.jpg"
 
 
 @pytest.fixture
-def place(tmp_path):
-    """An image folder with a sub-folder: images 1 to 3, each of its own shade."""
-    (tmp_path / "images" / "train2014").mkdir(parents=True)
+def folder(tmp_path):
+    """A folder with three images of their own shades in images/train2014."""
     for i in (1, 2, 3):
-        (tmp_path / "images" / "train2014" / coco_name(i)).write_bytes(image_bytes(10 * i))
+        write(tmp_path / "images" / "train2014" / coco_name(i), image_bytes(10 * i))
     return tmp_path
 
 
-def save(place, name, fields):
-    (place / name).write_text(fields if isinstance(fields, str) else json.dumps(fields), encoding="utf-8")
-    return str(place / name)
+def write(path, raw):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(raw)
 
 
-def converted(place, capsys, layout, sources, images="images", **how):
-    """The samples of what convert writes, which must check clean, and its report."""
-    data.convert(layout, sources, images and str(place / images), str(place / "out"), **how)
-    said = capsys.readouterr().out
-    paths = data.expand([str(place / "out")], "test" if how.get("split", "train") != "train" else "train")
-    index = Index(paths)
-    assert not data.check(paths) and "nothing wrong" in capsys.readouterr().out
-    assert [os.path.basename(p) for p in paths] == [f"{how.get('split', 'train')}-{k:05d}.tar" for k in range(len(paths))]
-    assert not [name for name in os.listdir(place / "out") if name.endswith(".part")]
-    samples = [index[i] for i in range(len(index))]
-    assert [s.key for s in samples] == [f"{k:09d}" for k in range(len(samples))]
-    return samples, said
+def write_json(folder, name, value):
+    (folder / name).write_text(json.dumps(value), encoding="utf-8")
+    return str(folder / name)
 
 
-def shade(sample):                                           # which image it is: its bytes are those of the folder
-    return next(k for k in range(1, 100) if image_bytes(10 * k) == sample.members["jpg"])
+def convert(folder, layout, *sources, images="images", **options):
+    """The samples that data.convert writes, in order. They must pass data.check."""
+    data.convert(layout, list(sources), str(folder / images), str(folder / "out"), **options)
+    split = "train" if options.get("split", "train") == "train" else "test"
+    paths = data.expand(str(folder / "out"), split)
+    assert data.check(paths) is False
+    index = data.Index(paths)
+    return [index[i] for i in range(len(index))]
+
+
+def dropped(capsys):
+    """The report's {reason: (how often, places)}."""
+    lines = re.findall(r"^ *(\d+) dropped: (.*) \((.*?)\)$", capsys.readouterr().out, re.M)
+    return {reason: (int(count), places) for count, reason, places in lines}
+
+
+def coco(annotations, **lists):
+    images = [{"id": i, "file_name": coco_name(i)} for i in (3, 1, 2)]
+    return {"images": images, "annotations": annotations, **lists}
 
 
 # ---- captions ----
 
-def test_coco_captions_become_one_sample_per_image_with_stripped_captions(place, capsys):
-    file = save(place, "captions.json", {"info": {}, "images": [{"id": i, "file_name": coco_name(i)} for i in (3, 1, 2)], "annotations": [
-        {"id": 5, "image_id": 1, "caption": " A dog.\n"}, {"id": 6, "image_id": 3, "caption": "A cat."},
-        {"id": 7, "image_id": 1, "caption": "One dog. "}, {"id": 8, "image_id": 2, "caption": "  "},
-        {"id": 9, "image_id": 3, "caption": None}, {"id": 10, "image_id": 77, "caption": "Lost."}]})
-    samples, said = converted(place, capsys, "captions", [file])
-    assert [(shade(s), s.json) for s in samples] == [(1, {"caption": ["A dog.", "One dog."], "image_id": 1}),
-                                                     (3, {"caption": ["A cat."], "image_id": 3})]
-    assert [line.split(maxsplit=2)[0::2] for line in said.splitlines()[1:]] == [
-        ["2", "empty caption"], ["1", "annotation of an image that the file does not list"], ["1", "image without a caption"]]
-    assert said.startswith(f"{place}/out: 2 images\n") and samples[0].captions() == ["A dog.", "One dog."]
+def test_coco_captions_become_one_sample_per_image(folder, capsys):
+    file = write_json(folder, "captions.json", coco([
+        {"id": 5, "image_id": 1, "caption": " A dog.\n"},
+        {"id": 6, "image_id": 3, "caption": "A cat."},
+        {"id": 7, "image_id": 1, "caption": "One dog. "},
+        {"id": 8, "image_id": 2, "caption": "  "},
+    ]))
+    samples = convert(folder, "captions", file)
+    assert [sample.key for sample in samples] == ["000000000", "000000001"]
+    assert [(shade_of(sample), sample.json) for sample in samples] == [
+        (1, {"caption": ["A dog.", "One dog."], "image_id": 1}),
+        (3, {"caption": ["A cat."], "image_id": 3}),
+    ]
+    place = f"{folder}/images/train2014/{coco_name(2)}"
+    assert dropped(capsys) == {"caption that is empty or no text": (1, place),
+                               "image without a caption": (1, place)}
 
 
-@pytest.mark.parametrize("split, want", [("train", [1, 2]), ("test", [3]), ("val", None)])
-def test_karpathys_training_part_is_train_and_restval(place, capsys, split, want):
-    rows = [{"filepath": "train2014", "filename": coco_name(i), "cocoid": i, "split": part,
-             "sentences": [{"raw": f" {part} {k}", "tokens": []} for k in (1, 2)]} for i, part in ((1, "train"), (2, "restval"), (3, "test"))]
-    del rows[0]["filepath"]                                  # Flickr's files have none
-    file = save(place, "dataset.json", {"dataset": "coco", "images": rows})
-    if want is None:
-        with pytest.raises(UserError, match=f"--split val: the images of {file} are of 'test', 'train'"):
-            converted(place, capsys, "captions", [file], split=split)
-        return
-    samples, _ = converted(place, capsys, "captions", [file], split=split)
-    assert [shade(s) for s in samples] == want
-    assert [s.json["caption"] for s in samples] == [[f"{part} 1", f"{part} 2"] for part in (("train", "restval") if want[0] == 1 else ("test",))]
+@pytest.mark.parametrize("split, shades", [("train", [1, 2]), ("test", [3])])
+def test_karpathys_training_part_is_train_and_restval(folder, split, shades):
+    rows = []
+    for i, part in ((1, "train"), (2, "restval"), (3, "test")):
+        sentences = [{"raw": f" {part} {k}", "tokens": []} for k in (1, 2)]
+        rows.append({"filepath": "train2014", "filename": coco_name(i), "cocoid": i, "split": part,
+                     "sentences": sentences})
+    del rows[0]["filepath"]  # Flickr30k's rows have none
+    write(folder / "images" / "val2014" / coco_name(2), image_bytes(90))  # the path tells
+    file = write_json(folder, "dataset.json", {"dataset": "coco", "images": rows})
+    samples = convert(folder, "captions", file, split=split)
+    assert [shade_of(sample) for sample in samples] == shades
+    parts = [rows[shade - 1]["split"] for shade in shades]
+    assert [s.captions() for s in samples] == [[f"{part} 1", f"{part} 2"] for part in parts]
+    with pytest.raises(UserError, match="--split val: the images of .* are of test, train"):
+        convert(folder, "captions", file, split="val")
 
 
-def test_a_flat_list_holds_a_caption_or_several_in_each_row(place, capsys):
-    rows = [{"image": f"somewhere/train2014/{coco_name(1)}", "caption": "one", "image_id": "coco_1"}, {"image": coco_name(2), "caption": ["a", "b "]},
-            {"image": f"train2014/{coco_name(1)}", "caption": "two"}]
-    samples, _ = converted(place, capsys, "captions", [save(place, "flat.json", rows)])
-    assert [(shade(s), s.json) for s in samples] == [(1, {"caption": ["one", "two"]}), (2, {"caption": ["a", "b"]})]
+def test_a_flat_list_holds_a_caption_or_several_in_each_row(folder):
+    file = write_json(folder, "flat.json", [
+        {"image": f"somewhere/train2014/{coco_name(1)}", "caption": "one", "image_id": "coco_1"},
+        {"image": coco_name(2), "caption": ["a", "b "]},
+        {"image": f"train2014/{coco_name(1)}", "caption": "two"},
+    ])
+    samples = convert(folder, "captions", file)
+    assert [(shade_of(s), s.json) for s in samples] == [
+        (1, {"caption": ["one", "two"]}), (2, {"caption": ["a", "b"]})]
 
 
-@pytest.mark.parametrize("text", ["a/1.jpg#0\tTwo dogs, one ball.\n{0}#0\tA cat, a dog\n{0}#1\tA .jpg, framed \nodd\n",
-                                  "image,caption\n{0},A cat, a dog\n{0},A .jpg, framed\n\nodd\n{1},Two dogs, one ball.\n"])
-def test_flickrs_two_forms_say_the_same(place, capsys, text):
-    (place / "images" / "a").mkdir()
-    (place / "images" / "a" / "1.jpg").write_bytes(image_bytes(90))
-    samples, said = converted(place, capsys, "flickr30k", [save(place, "captions.txt", text.format(coco_name(3), "a/1.jpg"))])
-    assert {shade(s): s.json["caption"] for s in samples} == {3: ["A cat, a dog", "A .jpg, framed"], 9: ["Two dogs, one ball."]}
-    assert "     1 dropped: line that is neither NAME.jpg#number" in said
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_byte_order_mark_of_a_json_file_is_no_part_of_it(folder, encoding):
+    file = folder / "flat.json"
+    text = json.dumps([{"image": coco_name(1), "caption": "cr\u00e8me"}], ensure_ascii=False)
+    file.write_bytes(text.encode(encoding))
+    assert convert(folder, "captions", str(file))[0].captions() == ["cr\u00e8me"]
+    file.write_bytes(text.encode("utf-16"))
+    with pytest.raises(UserError, match="flat.json is not UTF-8"):
+        convert(folder, "captions", str(file))
 
 
-# ---- boxes, questions, masks, classes ----
+# ---- boxes, questions ----
 
-def test_coco_instances_keep_crowds_and_images_without_an_object(place, capsys):
-    boxes = [{"id": 1, "image_id": 2, "category_id": 90, "bbox": [1.5, 2, 3, 4], "area": 7.5, "iscrowd": 0, "segmentation": [[1, 2, 3, 4]]},
-             {"id": 2, "image_id": 2, "category_id": 1, "bbox": [0, 0, 8, 6], "area": 30, "iscrowd": 1},
-             {"id": 3, "image_id": 1, "category_id": 18, "bbox": [0, 1, 2, 3]}]
-    names = [{"id": 18, "name": "dog"}, {"id": 90, "name": "brush"}, {"id": 1, "name": "person"}]
-    images = [{"id": i, "file_name": coco_name(i)} for i in (1, 2, 3)]
-    file = save(place, "instances.json", {"images": images, "annotations": boxes, "categories": names})
-    samples, said = converted(place, capsys, "instances", [file], split="val")
-    assert [s.json["boxes"] for s in samples] == [
-        [{"x": 0, "y": 1, "w": 2, "h": 3, "text": "dog", "area": 6, "iscrowd": 0}],
-        [{"x": 1.5, "y": 2, "w": 3, "h": 4, "text": "brush", "area": 7.5, "iscrowd": 0},
-         {"x": 0, "y": 0, "w": 8, "h": 6, "text": "person", "area": 30, "iscrowd": 1}], []]
-    assert [s.json["image_id"] for s in samples] == [1, 2, 3] and "3 images, 3 classes" in said
-    assert (place / "out" / "classes.txt").read_text() == "person\ndog\nbrush\n"             # in the order of the ids, which have holes
+CATEGORIES = [{"id": 18, "name": "dog"}, {"id": 90, "name": "brush"}, {"id": 1, "name": "person"}]
 
 
-@pytest.mark.parametrize("naming", [coco_name, lambda i: f"{i:012d}.jpg"])
-def test_vqa_keeps_the_ten_answers_and_takes_the_most_common(place, capsys, naming):
+def box(annotation_id, category=1, bbox=(0, 1, 2, 3), image=1, **fields):
+    return {"id": annotation_id, "image_id": image, "category_id": category, "bbox": bbox, **fields}
+
+
+def test_coco_instances_keep_crowds_and_images_without_an_object(folder):
+    file = write_json(folder, "instances.json", coco([
+        box(1, 90, [1.5, 2, 3, 4], image=2, area=7.5, iscrowd=0, segmentation=[[1, 2, 3, 4]]),
+        box(2, 1, [0, 0, 8, 6], image=2, area=30, iscrowd=1),
+        box(3, 18),
+    ], categories=CATEGORIES))
+    samples = convert(folder, "instances", file, split="val")
+    assert [(sample.json["image_id"], sample.json["boxes"]) for sample in samples] == [
+        (3, []),
+        (1, [{"x": 0, "y": 1, "w": 2, "h": 3, "text": "dog", "area": 6, "iscrowd": 0}]),
+        (2, [{"x": 1.5, "y": 2, "w": 3, "h": 4, "text": "brush", "area": 7.5, "iscrowd": 0},
+             {"x": 0, "y": 0, "w": 8, "h": 6, "text": "person", "area": 30, "iscrowd": 1}]),
+    ]
+    # in the order of the ids, which have holes
+    assert (folder / "out" / "classes.txt").read_text() == "person\ndog\nbrush\n"
+
+
+@pytest.mark.parametrize("bad", [
+    box(99, bbox=[]), box(99, bbox=[1, 2, 3, 4, 5]), box(99, bbox=None), box(99, bbox={"x": 1}),
+    box(99, bbox=[1, 2, 3, None]), box(99, bbox=[1, 2, float("nan"), 4]),
+    box(99, bbox=[1, 2, 0, 4]), box(99, bbox=[1, 2, "a", 4]),
+    box(99, bbox=[1, 2, 10**400, 4]), box(99, category=[1]), box(99, category=7),
+    box(99, image=None), box(99, image=77), {"id": 99}, {"id": 99, "image_id": {}}, None, [99],
+])
+def test_a_box_that_cannot_be_used_is_dropped_and_named(folder, capsys, bad):
+    file = write_json(folder, "x.json", coco([box(5), bad, box(6)], categories=CATEGORIES))
+    samples = convert(folder, "instances", file)
+    assert [len(sample.json["boxes"]) for sample in samples] == [0, 2, 0]
+    report = dropped(capsys)
+    reason, = report
+    assert reason.startswith("annotation with ")
+    assert report[reason] == (1, "id 99" if isinstance(bad, dict) else "?")
+
+
+def test_numbers_of_a_box_may_be_text(folder):
+    file = write_json(
+        folder, "x.json", coco([box(5, bbox=["4", "4.5", "2", "1e0"])], categories=CATEGORIES))
+    found = convert(folder, "instances", file)[1].json["boxes"][0]
+    assert (found["x"], found["y"], found["w"], found["h"], found["area"]) == (4, 4.5, 2, 1, 2)
+
+
+def test_categories_of_one_name_are_one_class(folder, capsys):
+    categories = [{"id": 0, "name": "fish"}, {"id": 1, "name": " fish\n"}, {"id": 2, "name": "eel"}]
+    file = write_json(folder, "x.json", coco([box(5), box(6, 0)], categories=categories))
+    samples = convert(folder, "instances", file)
+    assert [b["text"] for b in samples[1].json["boxes"]] == ["fish", "fish"]
+    assert (folder / "out" / "classes.txt").read_text() == "fish\neel\n"
+    assert dropped(capsys) == {
+        "category with the name of another, which makes them one class": (1, "id 1")}
+
+
+def test_images_may_be_named_by_windows_or_by_a_url(folder):
+    lists = coco([box(5), box(6, image=2), box(7, image=3)], categories=CATEGORIES)
+    lists["images"] = [
+        {"id": 1, "file_name": f"images\\train2014\\{coco_name(1)}"},
+        {"id": 2, "coco_url": f"https://a.org/train2014/{coco_name(2)}"},  # LVIS
+        {"id": 3, "file_name": None},
+    ]
+    samples = convert(folder, "instances", write_json(folder, "x.json", lists))
+    assert [shade_of(sample) for sample in samples] == [1, 2]
+
+
+@pytest.mark.parametrize("naming", [coco_name, "{:012d}.jpg".format])
+def test_vqa_keeps_the_ten_answers_and_takes_the_most_common(folder, capsys, naming):
     for i in (1, 2, 3):
-        os.rename(place / "images" / "train2014" / coco_name(i), place / "images" / naming(i))
-    questions = [{"question_id": 10 * i + k, "image_id": i, "question": f"What {i}{k}?"} for i, k in ((2, 1), (1, 1), (2, 2), (3, 1))]
+        os.rename(folder / "images" / "train2014" / coco_name(i), folder / "images" / naming(i))
+    questions = []
+    for i, k in ((2, 1), (1, 1), (2, 2), (3, 1)):
+        questions.append({"question_id": 10 * i + k, "image_id": i, "question": f"What {i}{k}?"})
     given = ["yes"] * 3 + ["no"] * 7
-    answers = [{"question_id": n, "image_id": n // 10, "question_type": "what", "answer_type": "yes/no", "multiple_choice_answer": "no",
-                "answers": [{"answer_id": i, "answer": a, "answer_confidence": "yes"} for i, a in enumerate(given)]} for n in (21, 11, 22)]
-    file = save(place, "q.json", {"data_subtype": "train2014", "questions": questions})
-    answers = save(place, "a.json", {"data_subtype": "train2014", "annotations": answers})
-    samples, said = converted(place, capsys, "vqa", [file], annotations=[answers])
+    answers = [{"question_id": 12, "answers": []}, {"question_id": 13, "answers": [3]}]
+    for number in (21, 11, 22):
+        answers.append({"question_id": number, "answer_type": "yes/no",
+                        "answers": [{"answer": answer} for answer in given]})
+    file = write_json(folder, "q.json", {"data_subtype": "train2014", "questions": questions})
+    answers = write_json(folder, "a.json", {"annotations": answers})
+    samples = convert(folder, "vqa", file, annotations=[answers])
     qa = {"answer": "no", "answers": given, "answer_type": "yes/no"}
-    assert [(shade(s), s.json) for s in samples] == [(2, {"qa": [{"question": f"What 2{k}?", **qa, "question_id": 20 + k} for k in (1, 2)]}),
-                                                     (1, {"qa": [{"question": "What 11?", **qa, "question_id": 11}]})]
-    assert "     1 dropped: question without an answer" in said
+    assert [(shade_of(sample), sample.json["qa"]) for sample in samples] == [
+        (2, [{"question": "What 21?", **qa, "question_id": 21},
+             {"question": "What 22?", **qa, "question_id": 22}]),
+        (1, [{"question": "What 11?", **qa, "question_id": 11}]),
+    ]
+    assert dropped(capsys) == {
+        "annotation with no usable answers": (1, "question_id 12"),
+        "annotation with no usable answer": (1, "question_id 13"),
+        "question with no answer": (1, "question_id 31"),
+    }
 
 
-@pytest.mark.parametrize("table", [True, False])
-def test_ade20k_keeps_masks_as_they_are_and_names_line_0_unlabeled(place, capsys, table):
-    (place / "annotations" / "training").mkdir(parents=True)
+# ---- masks, folders of classes ----
+
+@pytest.mark.parametrize("name, table", [
+    ("objectInfo150.csv", "Idx,Ratio,Name\n2,0.1,building;edifice\n1,0.2,wall\n"),
+    ("objectInfo150.txt", "Idx\tRatio\tName\n1\t0.2\twall\n2\t0.1\tbuilding, edifice\n"),
+    (None, None),
+])
+def test_ade20k_keeps_masks_as_they_are_and_names_class_0_unlabeled(tmp_path, name, table):
     masks = {}
     for i in (1, 2):
-        (place / "images" / f"ADE_train_{i}.jpg").write_bytes(image_bytes(10 * i))
-        out = io.BytesIO()
-        Image.fromarray(np.full((6, 8), 149 + i, np.uint8)).save(out, "PNG")
-        masks[i] = out.getvalue()
-        (place / "annotations" / "training" / f"ADE_train_{i}.png").write_bytes(masks[i])
-    if table:
-        save(place, "objectInfo150.csv", "Idx,Ratio,Train,Val,Stuff,Name\n2,0.1,6046,612,1,building;edifice\n1,0.2,11664,1172,1,wall\n")
-    samples, _ = converted(place, capsys, "ade20k", [str(place / "annotations" / "training")])
-    assert [(shade(s), s.members.keys(), s.members["seg.png"]) for s in samples] == [(i, {"jpg", "seg.png"}, masks[i]) for i in (1, 2)]
-    assert not table and not (place / "out" / "classes.txt").exists() or (place / "out" / "classes.txt").read_text() == "unlabeled\nwall\nbuilding\n"
+        raw = io.BytesIO()
+        Image.fromarray(np.full((6, 8), i, np.uint8)).save(raw, "PNG")
+        masks[i] = raw.getvalue()
+        write(tmp_path / "annotations" / "training" / f"ADE_train_{i}.png", masks[i])
+        write(tmp_path / "images" / f"ADE_train_{i}.jpg", image_bytes(10 * i))
+    write(tmp_path / "annotations" / "training" / "._ADE_train_1.png", b"macOS")
+    if name:
+        (tmp_path / name).write_text(table)
+    samples = convert(tmp_path, "ade20k", str(tmp_path / "annotations" / "training"))
+    assert [(shade_of(sample), sample.members["seg.png"]) for sample in samples] == [
+        (1, masks[1]), (2, masks[2])]
+    classes = tmp_path / "out" / "classes.txt"
+    assert classes.exists() == bool(name)
+    if name:
+        assert classes.read_text() == "unlabeled\nwall\nbuilding\n"
 
 
-def test_an_image_folder_numbers_its_sorted_classes_and_says_what_it_cannot_read(tmp_path, capsys):
-    for i, name in enumerate(("n02/deep/b.JPEG", "n02/a.png", "n10/1.jpg", "n01/1.jpg", "n10/2.bmp", "stray.jpg", ".git/x.jpg", "n01/notes.txt")):
-        (tmp_path / "train" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "train" / name).write_bytes(image_bytes(10 * i + 10, "PNG" if name.endswith("png") else "JPEG"))
-    samples, said = converted(tmp_path, capsys, "folder", [str(tmp_path / "train")], None)
-    assert sorted((s.label(), *sorted(s.members)) for s in samples) == [(0, "cls", "jpg"), (1, "cls", "jpeg"), (1, "cls", "png"), (2, "cls", "jpg")]
-    assert next(s.members["jpeg"] for s in samples if "jpeg" in s.members) == image_bytes(10)
-    assert (tmp_path / "out" / "classes.txt").read_text() == "n01\nn02\nn10\n" and "4 images, 3 classes" in said
-    assert all(f" {line}\n" in said + "\n" for line in ("1 dropped: file that is not read: .bmp", "1 dropped: file that is not read: .txt",
-                                                        "2 dropped: image outside the class folders"))
+def make_class_folders(root, *places):
+    for i, place in enumerate(places, 1):
+        write(root / place, image_bytes(10 * i))
 
 
-def test_shards_of_an_image_folder_mix_its_classes(tmp_path, capsys):
-    for k in range(40):
-        (tmp_path / "train" / f"{k // 20}").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "train" / f"{k // 20}" / f"{k}.jpg").write_bytes(image_bytes(6 * k))
-    samples, _ = converted(tmp_path, capsys, "folder", [str(tmp_path / "train")], None, per_shard=20)
-    assert 4 < sum(s.label() for s in samples[:20]) < 16 and len({s.members["jpg"] for s in samples}) == 40
+def classes_of(samples):
+    """{shade: class}"""
+    return {shade_of(sample): sample.label() for sample in samples}
 
 
-def test_a_validation_folder_must_have_the_same_classes(tmp_path, capsys):
-    for name in ("train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg"):
-        (tmp_path / name).parent.mkdir(parents=True)
-        (tmp_path / name).write_bytes(image_bytes(10))
-    converted(tmp_path, capsys, "folder", [str(tmp_path / "train")], None)
+def convert_folder(folder, name="train", **options):
+    return convert(folder, "folder", str(folder / name), images=name, **options)
+
+
+def test_an_image_folder_numbers_its_sorted_classes_and_counts_what_it_leaves_out(tmp_path, capsys):
+    make_class_folders(
+        tmp_path / "train", "n02/deep/b.jpg", "n10/1.jpg", "n01/1.JPG", "n10/2.bmp", "stray.jpg",
+        "n01/notes.txt", ".git/x.jpg", "__MACOSX/n02/._b.jpg", "n02/.ipynb_checkpoints/b.jpg",
+        "n02/._b.jpg")
+    assert classes_of(convert_folder(tmp_path)) == {1: 1, 2: 2, 3: 0}
+    assert (tmp_path / "out" / "classes.txt").read_text() == "n01\nn02\nn10\n"
+    assert dropped(capsys) == {
+        "hidden file or folder": (4, ".git, __MACOSX, n02/._b.jpg, n02/.ipynb_checkpoints"),
+        "file that is not read: .bmp": (1, "n10/2.bmp"),
+        "file that is not read: .txt": (1, "n01/notes.txt"),
+        "image outside the class folders": (1, "stray.jpg"),
+    }
+
+
+def test_links_neither_multiply_files_nor_end_a_conversion(tmp_path, capsys):
+    root = tmp_path / "train"
+    make_class_folders(root, "dog/1.jpg", "dog/2.jpg", "owl/1.jpg")
+    write(tmp_path / "elsewhere" / "4.jpg", image_bytes(40))
+    os.symlink(root, root / "dog" / "loop")
+    os.symlink(root, root / "all")
+    os.symlink(root / "dog", root / "cat")  # the dog's own folder gives the class
+    os.symlink("me", root / "me")
+    os.symlink(root / "owl" / "1.jpg", root / "dog" / "0.jpg")  # the owl is no dog
+    os.symlink(tmp_path / "gone.jpg", root / "owl" / "2.jpg")
+    os.symlink(tmp_path / "elsewhere", root / "yak")
+    assert classes_of(convert_folder(tmp_path)) == {1: 0, 2: 0, 3: 1, 4: 2}
+    assert (tmp_path / "out" / "classes.txt").read_text() == "dog\nowl\nyak\n"
+    assert dropped(capsys) == {
+        "link to a folder that is read already": (3, "all, cat, dog/loop"),
+        "file that is not read: .": (1, "me"),
+        "image or mask that cannot be read (No such file or directory)": (1, f"{root}/owl/2.jpg"),
+    }
+
+
+def test_shards_of_an_image_folder_mix_its_classes(tmp_path):
+    for k in range(24):
+        write(tmp_path / "train" / f"{k // 12}" / f"{k}.jpg", image_bytes(10 * k + 10))
+    labels = [sample.label() for sample in convert_folder(tmp_path, per_shard=12)]
+    assert 2 < sum(labels[:12]) < 10 and sum(labels) == 12
+
+
+def test_a_validation_folder_must_have_the_same_classes(tmp_path):
+    make_class_folders(tmp_path, "train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg")
+    convert_folder(tmp_path)
     with pytest.raises(UserError, match=r"classes.txt lists other classes \(2, here 1\)"):
-        data.convert("folder", [str(tmp_path / "val")], None, str(tmp_path / "out"), split="val")
+        convert_folder(tmp_path, "val", split="val")
     (tmp_path / "val" / "b").mkdir()
-    with pytest.raises(UserError, match="no image in the class folder b"):
-        data.convert("folder", [str(tmp_path / "val")], None, str(tmp_path / "out"), split="val")
-    (tmp_path / "val" / "b" / "9.png").write_bytes(image_bytes(10, "PNG"))
-    assert [s.label() for s in converted(tmp_path, capsys, "folder", [str(tmp_path / "val")], None, split="val")[0]] in ([0, 1], [1, 0])
+    with pytest.raises(UserError, match="val/b is a class folder without an image"):
+        convert_folder(tmp_path, "val", split="val")
+    write(tmp_path / "val" / "b" / "9.jpg", image_bytes(90))
+    assert classes_of(convert_folder(tmp_path, "val", split="val")) == {3: 0, 9: 1}
 
 
 # ---- documents ----
 
-def test_open_flamingos_tars_hold_their_images(tmp_path, capsys):
-    encoded = lambda raw: base64.b64encode(raw).decode()
-    doc = {"url": "u", "text_list": ["one", "two"], "image_info": [
-        {"image_name": "x.jpg", "matched_text_index": 1, "matched_sim": 0.3, "image_base64": encoded(image_bytes(10))},
+def test_mmc4_documents_keep_the_images_that_are_there(folder, capsys):
+    entries = [
+        {"image_name": coco_name(2), "matched_text_index": 1, "matched_sim": 0.3, "raw_url": "u"},
         {"image_name": "gone.jpg", "matched_text_index": 0},
-        {"image_name": "y.png", "matched_text_index": 0, "image_base64": encoded(image_bytes(20, "PNG"))},
-        {"matched_text_index": 0, "image_base64": "!"}]}
-    with tarfile.open(tmp_path / "000.tar", "w") as tar:
-        for name, text in (("5f.json", json.dumps(doc)), ("60.json", "{"), ("61.json", json.dumps({"text_list": [], "image_info": []}))):
-            data.add(tar, name, text.encode())
-    samples, said = converted(tmp_path, capsys, "flamingo", [str(tmp_path / "000.tar")], None)
-    assert len(samples) == 1 and samples[0].members.keys() == {"json", "0.jpg", "1.png"} and samples[0].members["0.jpg"] == image_bytes(10)
-    assert samples[0].json["image_info"] == [{"image_name": "000000000.0.jpg", "matched_text_index": 1, "matched_sim": 0.3},
-                                             {"image_name": "000000000.1.png", "matched_text_index": 0}]
-    assert all(line in said for line in ("1 documents", "2 dropped: image without bytes", "1 dropped: line that is no JSON object",
-                                         "1 dropped: document without an image"))
-    with open(tmp_path / "000.tar", "r+b") as f:
-        f.truncate(-(-len(f.read().rstrip(b"\0")) // 512) * 512)           # without the end mark; tarfile alone would say nothing
-    data.convert("flamingo", [str(tmp_path / "000.tar")], None, str(tmp_path / "cut"))
-    assert "1 dropped: cut shard" in capsys.readouterr().out
+        {"image_name": coco_name(1), "matched_text_index": 0},
+        {"image_name": coco_name(1), "matched_text_index": 2},
+        {"image_name": coco_name(1)}, None,
+    ]
+    documents = [
+        {"text_list": [], "image_info": []},
+        {"url": "d", "text_list": ["one\u2028half", "two"], "image_info": entries, "other": 1},
+        {"text_list": ["no images"]},
+    ]
+    lines = [json.dumps(document, ensure_ascii=False) for document in documents]
+    with zipfile.ZipFile(folder / "docs.jsonl.zip", "w") as archive:
+        archive.writestr("__MACOSX/._docs.jsonl", b"\0\1\2\n")
+        archive.writestr("docs.jsonl", "\ufeff" + "\r\n".join([*lines, "{", ""]))
+    samples = convert(folder, "mmc4", str(folder / "docs.jsonl.zip"))
+    assert len(samples) == 1
+    assert samples[0].members["0.jpg"] == image_bytes(20)
+    assert samples[0].members["1.jpg"] == image_bytes(10)
+    assert samples[0].json == {"url": "d", "text_list": ["one\u2028half", "two"], "image_info": [
+        {"image_name": "000000000.0.jpg", "matched_text_index": 1, "matched_sim": 0.3,
+         "raw_url": "u"},
+        {"image_name": "000000000.1.jpg", "matched_text_index": 0}]}
+    place = f"{folder}/docs.jsonl.zip"
+    assert dropped(capsys) == {
+        "document without an image": (1, f"{place}:1"),
+        "image not found, or found in several places": (1, "gone.jpg"),
+        "entry of image_info with a matched_text_index outside text_list": (1, f"{place}:2"),
+        "entry of image_info with no usable matched_text_index": (1, f"{place}:2"),
+        "entry of image_info with no usable image_name": (1, f"{place}:2"),
+        "line without text_list and image_info, or texts and images": (1, f"{place}:3"),
+        "line that is no JSON in UTF-8": (1, f"{place}:4"),
+    }
+
+
+def test_texts_and_images_in_turn_keep_their_order(folder):
+    row = {
+        "texts": [None, "A paragraph.\n\nAnother.", None, "END_OF_DOCUMENT_TOKEN_TO_BE_REPLACED"],
+        "images": [f"https://a.org/{coco_name(2)}", None, coco_name(1), None],
+        "metadata": "[]",
+    }
+    (folder / "x.jsonl").write_text(json.dumps(row) + "\n")
+    sample = convert(folder, "mmc4", str(folder / "x.jsonl"))[0]
+    assert sample.json == {"texts": [None, "A paragraph.\n\nAnother.", None],
+                           "images": ["000000000.0.jpg", None, "000000000.1.jpg"]}
+    assert sample.members["0.jpg"] == image_bytes(20)
+
+
+def test_a_file_named_by_two_urls_is_that_of_the_first_alone(folder, capsys):
+    urls = [f"https://a.org/{coco_name(1)}", f"https://b.org/{coco_name(1)}"]
+    rows = [{"texts": ["a", None], "images": [None, url]} for url in urls]
+    (folder / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert len(convert(folder, "mmc4", str(folder / "x.jsonl"))) == 1
+    assert dropped(capsys)["image not found, or found in several places"] == (1, urls[1])
+
+
+def test_a_cut_archive_costs_what_it_holds_and_not_the_other_files(folder, capsys):
+    document = {"text_list": ["a"],
+                "image_info": [{"image_name": coco_name(1), "matched_text_index": 0}]}
+    with zipfile.ZipFile(folder / "cut.jsonl.zip", "w") as archive:
+        archive.writestr("docs.jsonl", json.dumps(document))
+    os.truncate(folder / "cut.jsonl.zip", 100)
+    (folder / "good.jsonl").write_text(json.dumps(document))
+    files = [str(folder / "cut.jsonl.zip"), str(folder / "good.jsonl")]
+    assert len(convert(folder, "mmc4", *files)) == 1
+    assert "1 dropped: rest of a file that cannot be read" in capsys.readouterr().out
+
+
+# ---- names ----
+
+def test_images_of_one_name_are_told_apart_by_their_folders_or_not_taken(tmp_path, capsys):
+    images = tmp_path / "images"
+    make_class_folders(images, "cat/1.jpg", "dog/1.jpg", "2.jpg", "dog/2.jpg", "dog/v1.2.x.jpg")
+    names = ["dog/1.jpg", "x/cat/1.jpg", "2.jpg", "1.jpg", "v1.2.x.jpg", "none.jpg", "none.jpg"]
+    rows = [{"image": name, "caption": name} for name in names]
+    samples = convert(tmp_path, "captions", write_json(tmp_path, "flat.json", rows))
+    assert {sample.json["caption"][0]: shade_of(sample) for sample in samples} == {
+        "dog/1.jpg": 2, "x/cat/1.jpg": 1, "2.jpg": 3, "v1.2.x.jpg": 5}
+    assert all("." not in sample.key for sample in samples)
+    assert dropped(capsys) == {
+        "image not found, or found in several places": (2, "1.jpg, none.jpg")}
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret.jpg", "{}/secret.jpg", "..\\secret.jpg", "", "/", ".."])
+def test_no_name_reaches_an_image_outside_the_folder(folder, name):
+    write(folder / "secret.jpg", image_bytes(10))
+    rows = [{"image": name.format(folder), "caption": "a"}, {"image": coco_name(2), "caption": "b"}]
+    samples = convert(folder, "captions", write_json(folder, "flat.json", rows))
+    assert [shade_of(sample) for sample in samples] == [2]
 
 
 # ---- what is wrong with the input ----
 
-@pytest.mark.parametrize("images, missing, told", [(10, 1, None), (9, 1, None), (8, 1, "1 of 9 images"), (1, 2, "2 of 3 images")])
-def test_a_missing_image_is_listed_and_more_than_a_tenth_stop_it(tmp_path, capsys, images, missing, told):
-    (tmp_path / "images").mkdir()
-    for i in range(images):
-        (tmp_path / "images" / f"{i}.jpg").write_bytes(image_bytes(10))
-    rows = [{"image": f"lost-{i}.jpg", "caption": "a"} for i in range(missing)] * 2 + [{"image": f"{i}.jpg", "caption": "a"} for i in range(images)]
-    file = save(tmp_path, "flat.json", rows)
-    if told:
-        with pytest.raises(UserError, match=rf"{told} are not under --images .*, more than a tenth \(the first: 'lost-0.jpg'") as error:
-            converted(tmp_path, capsys, "captions", [file])
-        assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
-        return
-    samples, said = converted(tmp_path, capsys, "captions", [file])
-    assert len(samples) == images and (tmp_path / "out" / "missing-train.txt").read_text() == "lost-0.jpg\n"
-    assert f"     1 dropped: image not found in the folder (as jpg, png or webp, once): listed in {tmp_path}/out/missing-train.txt" in said
+@pytest.mark.parametrize("layout, value, message", [
+    ("captions", {"foo": 1}, "neither images and annotations"),
+    ("captions", 3, "neither images and annotations"),
+    ("captions", ["a"], "nothing of .* could be converted: is --from captions right"),
+    ("captions", [], "nothing of .* could be converted"),
+    ("captions", "[" * 100_000, "cannot be read as JSON"),
+    ("captions", '{"images": [', "cannot be read as JSON"),
+    ("captions", coco([box(1)]), "nothing of .* could be converted"),
+    ("instances", coco([]), "does not have the lists images, annotations, categories"),
+    ("vqa", {"questions": 5}, "does not have the lists questions"),
+    ("mmc4", {"text_list": 1}, "nothing of .* could be converted"),
+    ("captions", None, "gone.json cannot be read"),
+    ("mmc4", None, "nothing of .* could be converted"),
+    ("ade20k", None, "nothing of .* could be converted"),
+])
+def test_a_file_of_another_layout_is_refused_in_one_line(folder, layout, value, message):
+    file = folder / "x.json"
+    answers = write_json(folder, "a.json", {"annotations": []})
+    if value is None:
+        file = folder / "gone.json"
+    elif isinstance(value, str):
+        file.write_text(value)
+    else:
+        file.write_text(json.dumps(value))
+    with pytest.raises(UserError, match=message) as error:
+        convert(folder, layout, str(file), annotations=[answers])
+    assert "\n" not in str(error.value)
+    assert not list(folder.glob("out/*"))
 
 
-def test_two_images_of_one_name_are_told_apart_by_their_folders_or_not_taken(tmp_path, capsys):
-    for name in ("cat/1.jpg", "dog/1.jpg", "2.jpg", "dog/2.jpg"):
-        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "images" / name).write_bytes(image_bytes({"c": 10, "d": 20, "2": 30}[name[0]]))
-    rows = [{"image": name, "caption": name} for name in ("dog/1.jpg", "x/cat/1.jpg", "2.jpg")]
-    samples, _ = converted(tmp_path, capsys, "captions", [save(tmp_path, "flat.json", rows)])
-    assert {s.json["caption"][0]: shade(s) for s in samples} == {"dog/1.jpg": 2, "x/cat/1.jpg": 1, "2.jpg": 3}
-    with pytest.raises(UserError, match="1 of 1 images are not under --images"):             # 1.jpg could be either
-        data.convert("captions", [save(tmp_path, "flat.json", [{"image": "1.jpg", "caption": "a"}])], str(tmp_path / "images"), str(tmp_path / "new"))
-
-
-def test_no_annotation_reaches_an_image_outside_the_folder(place):
-    (place / "secret.jpg").write_bytes(image_bytes(10))
-    for name in ("../secret.jpg", str(place / "secret.jpg")):
-        with pytest.raises(UserError, match="1 of 1 images are not under --images"):
-            data.convert("captions", [save(place, "flat.json", [{"image": name, "caption": "a"}])], str(place / "images"), str(place / "out"))
-
-
-GOOD_IMAGE = {"id": 1, "file_name": coco_name(1)}
-
-
-@pytest.mark.parametrize("layout, fields, told", [
-    ("captions", {"foo": 1, "bar": 2}, r"expected the keys images and annotations \(COCO\), .*, found the keys bar, foo"),
-    ("captions", [{"image": "a", "text": "b"}], "expected the keys image, caption, found the keys image, text"),
-    ("captions", ["a"], "expected the keys image, caption, found a str"),
-    ("captions", 3, "found a int"),
-    ("captions", {"images": [{"filename": "a", "split": "train"}]}, "expected the keys filename, split, sentences, found the keys filename, split"),
-    ("captions", {"images": [GOOD_IMAGE], "annotations": [{"image_id": 1, "bbox": 0}]},
-     "expected the keys caption, found the keys bbox, image_id"),
-    ("captions", {"images": [{"id": [1], "file_name": "x"}], "annotations": []}, "is not what --from captions expects"),
-    ("captions", '{"images": [', "cannot be read as JSON"), ("captions", "[" * 100_000, "cannot be read as JSON"),
-    ("instances", {"images": [GOOD_IMAGE], "annotations": []}, "expected the keys categories, images, annotations, found the keys"),
-    ("instances", {"images": [GOOD_IMAGE], "annotations": [{"image_id": 1, "category_id": 5, "bbox": [1] * 4}], "categories": []}, "5 is not among"),
-    ("instances", {"images": [GOOD_IMAGE], "annotations": [{"image_id": 1, "category_id": 5, "bbox": 1}], "categories": []}, "is not what --from"),
-    ("vqa", {"questions": []}, "expected the keys questions, data_subtype, found the keys questions"),
-    ("vqa", {"questions": [{"question_id": 1, "image_id": "x", "question": "a?"}], "data_subtype": "a"}, "is not what --from vqa expects"),
-    ("flickr30k", "one\ntwo\n", "no image of 1 file.s. could be converted: is --from flickr30k right"),
-    ("flickr30k", None, "is not what --from flickr30k expects"), ("ade20k", None, "is not what --from ade20k expects"),
-    ("captions", None, "cannot be read as JSON")])
-def test_a_file_of_another_schema_is_told_with_the_keys_expected_and_found(place, capsys, layout, fields, told):
-    file = save(place, "x.json", fields) if fields is not None else str(place / "gone.json")
-    answers = save(place, "a.json", {"annotations": [{"question_id": 1, "answer_type": "other", "answers": [{"answer": "a"}]}]})
-    with pytest.raises(UserError, match=told) as error:
-        data.convert(layout, [file], str(place / "images"), str(place / "out"), annotations=[answers])
-    assert "\n" not in str(error.value) and not list(place.glob("out/*.tar*"))
-
-
-@pytest.mark.parametrize("layout, how, told", [
-    ("vqa", {}, "--from vqa needs --annotations"), ("captions", {"images": None}, "--images .not given. is no folder"),
-    ("captions", {"images": "nowhere"}, "--images nowhere is no folder"), ("captions", {"per_shard": 0}, "--per-shard 0"),
-    ("folder", {"sources": ["a", "b"]}, "takes one folder"), ("mmc4", {"images": None}, "--images .not given. is no folder"),
-    ("mmc4", {"url_map": "gone"}, "gone cannot be read as JSON")])
-def test_a_flag_that_is_missing_or_wrong_is_told(place, layout, how, told):
-    with pytest.raises(UserError, match=told):
-        data.convert(layout, **{"sources": [save(place, "x.json", [])], "images": str(place / "images"), "out": str(place / "out"), **how})
+@pytest.mark.parametrize("layout, options, message", [
+    ("vqa", {}, "--from vqa needs --annotations"),
+    ("captions", {"images": None}, "--from captions needs --images FOLDER"),
+    ("captions", {"images": "nowhere"}, "--images nowhere is no folder"),
+    ("captions", {"per_shard": 0}, "--per-shard 0"),
+    ("folder", {"sources": ["a", "b"]}, "takes one folder"),
+])
+def test_a_flag_that_is_missing_or_wrong_is_refused(folder, layout, options, message):
+    arguments = {"sources": [write_json(folder, "x.json", [])], "images": str(folder / "images"),
+                 "out": str(folder / "out"), **options}
+    with pytest.raises(UserError, match=message):
+        data.convert(layout, **arguments)
 
 
 # ---- writing ----
 
-def test_an_interrupted_conversion_leaves_no_shard_and_a_second_one_goes_through(place, capsys, monkeypatch):
-    file, add, calls = save(place, "flat.json", [{"image": coco_name(i), "caption": "a"} for i in (1, 2, 3)]), data.add, []
+def test_an_interrupted_conversion_leaves_no_shard_and_can_be_repeated(folder, monkeypatch):
+    rows = [{"image": coco_name(i), "caption": "a"} for i in (1, 2, 3)]
+    file = write_json(folder, "flat.json", rows)
+    listings = []
+    add = data.add
 
-    def interrupted(*args):
-        calls.append(sorted(os.listdir(place / "out")))
-        if len(calls) == 5:                                  # in the third of three shards
+    def interrupted_add(*args):
+        listings.append(sorted(os.listdir(folder / "out")))
+        if len(listings) == 5:  # in the third of three shards
             raise KeyboardInterrupt
         add(*args)
-    monkeypatch.setattr(data, "add", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        converted(place, capsys, "captions", [file], per_shard=1)
-    assert calls[-1] == [f"train-{k:05d}.tar.part" for k in range(3)] and not os.listdir(place / "out")
-    monkeypatch.undo()
-    assert len(converted(place, capsys, "captions", [file], per_shard=1)[0]) == 3
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "add", interrupted_add)
+        with pytest.raises(KeyboardInterrupt):
+            convert(folder, "captions", file, per_shard=1)
+    assert listings[-1] == [f"train-{k:05d}.tar.part" for k in range(3)]
+    assert os.listdir(folder / "out") == []
+    assert len(convert(folder, "captions", file, per_shard=1)) == 3
 
 
-def test_a_folder_that_holds_shards_is_left_alone_and_another_split_may_join_it(place, capsys):
-    file = save(place, "flat.json", [{"image": coco_name(1), "caption": "a"}])
-    converted(place, capsys, "captions", [file])
-    before = (place / "out" / "train-00000.tar").read_bytes()
+def test_shards_are_never_overwritten_and_another_split_may_join_them(folder):
+    file = write_json(folder, "flat.json", [{"image": coco_name(1), "caption": "a"}])
+    convert(folder, "captions", file)
     with pytest.raises(UserError, match="already holds train-"):
-        data.convert("captions", [file], str(place / "images"), str(place / "out"))
-    converted(place, capsys, "captions", [file], split="test")
-    assert sorted(os.listdir(place / "out")) == ["test-00000.tar", "train-00000.tar"]
-    assert (place / "out" / "train-00000.tar").read_bytes() == before == (place / "out" / "test-00000.tar").read_bytes()
+        convert(folder, "captions", file)
+    convert(folder, "captions", file, split="test")
+    shards = [(folder / "out" / f"{split}-00000.tar").read_bytes() for split in ("train", "test")]
+    assert shards[0] == shards[1]  # nothing of the time or the user is in them
 
 
-def test_a_folder_that_cannot_be_written_to_is_told(place):
-    save(place, "file", "")
-    with pytest.raises(UserError, match="stopped while writing --out"):
-        rows = [{"image": coco_name(1), "caption": "a"}]
-        data.convert("captions", [save(place, "flat.json", rows)], str(place / "images"), str(place / "file" / "out"))
+def test_a_folder_that_cannot_be_written_to_is_named(folder):
+    file = write_json(folder, "flat.json", [{"image": coco_name(1), "caption": "a"}])
+    with pytest.raises(UserError, match=f"stopped while writing --out {file}/out"):
+        data.convert("captions", [file], str(folder / "images"), f"{file}/out")
 
 
-def test_the_command_takes_files_flags_and_a_split(place, capsys):
-    file = save(place, "flat.json", [{"image": coco_name(1), "caption": "a"}])
-    data.main(f"convert {file} --from captions --images {place}/images --out {place}/out --split val --per-shard 5".split())
-    assert os.listdir(place / "out") == ["val-00000.tar"] and "1 images" in capsys.readouterr().out
+def test_the_command_takes_files_flags_and_a_split(folder, capsys):
+    file = write_json(folder, "flat.json", [{"image": coco_name(1), "caption": "a"}])
+    data.main(["convert", file, "--from", "captions", "--images", f"{folder}/images",
+               "--out", f"{folder}/out", "--split", "val", "--per-shard", "5"])
+    assert os.listdir(folder / "out") == ["val-00000.tar"]
+    assert "1 samples" in capsys.readouterr().out

@@ -1,5 +1,8 @@
-"""Encoders that leave as timm names them and come back: an independent reader, resized positions, files that do not fit, the four scripts."""
-import importlib, json, struct
+"""Encoders that leave under timm's names and come back: another reader, resized positions, files
+that do not fit, the five scripts."""
+import importlib
+import json
+import struct
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,32 +12,26 @@ import torch
 import align
 import common
 import data
-import eval as E
+import eval as evaluation
 from common import UserError, ViT
+from conftest import SCRIPTS, tiny_config
+
+CPU = torch.device("cpu")
+BLOCK = [f"blocks.{{}}.{part}.{kind}" for kind in ("weight", "bias") for part in
+         ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")]
+OTHERS = ["cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias",
+          "norm.weight", "norm.bias"]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def read(path):
-    """safetensors from its specification, with struct and numpy; the code under test uses neither."""
-    raw = path.read_bytes()
-    size, = struct.unpack("<Q", raw[:8])
-    header = json.loads(raw[8:8 + size])
-    meta, found, end = header.pop("__metadata__"), {}, 0
-    assert size % 8 == 0 and all(isinstance(v, str) for v in meta.values())
-    for name, entry in header.items():
-        start, stop = entry["data_offsets"]
-        assert start == end and entry["dtype"] == "F32"      # no gap, no overlap
-        found[name], end = np.frombuffer(raw[8 + size + start:8 + size + stop], "<f4").reshape(entry["shape"]), stop
-    assert 8 + size + end == len(raw)
-    return found, meta
-
-
-def vit(image_size=16, patch=8, dim=16, depth=2, heads=2, seed=0, **more):
+def make_vit(image_size=16, patch=8, dim=16, depth=2, heads=2, seed=0, **more):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return ViT(image_size, patch, dim, depth, heads, **more)
 
 
-def plain(vision):
+def weights(vision):
     return {name: x.detach().clone() for name, x in vision.state_dict().items()}
 
 
@@ -43,184 +40,302 @@ def saved(path, state):
     return str(path)
 
 
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
 
 
 @pytest.fixture
-def trained(tiny, tmp_path):
-    model = align.Model(tiny)
+def trained(toy_data, tmp_path):
+    """An ALIGN and the path of its checkpoint."""
+    cfg = tiny_config("align", toy_data, tmp_path / "run")
     (tmp_path / "run").mkdir()
-    common.save(tiny, model, torch.optim.SGD(model.parameters()), 0, data.Tokenizer().dumps(), SimpleNamespace())
-    return model, f"{tiny.out}/last.pt"
+    torch.manual_seed(0)
+    model = align.ALIGN(cfg)
+    optimizer = torch.optim.SGD(model.parameters())
+    common.save(cfg, model, optimizer, 0, data.Tokenizer().dumps())
+    return model, f"{cfg.out}/last.pt"
+
+
+# ---- export ----
+
+def read_safetensors(path):
+    """By its specification, with struct and numpy; the code under test uses neither."""
+    raw = path.read_bytes()
+    size, = struct.unpack("<Q", raw[:8])
+    assert size % 8 == 0
+    header = json.loads(raw[8:8 + size])
+    meta = header.pop("__metadata__")
+    assert all(isinstance(value, str) for value in meta.values())
+    tensors = {}
+    end = 0
+    for name, entry in header.items():
+        start, stop = entry["data_offsets"]
+        assert start == end and entry["dtype"] == "F32"  # no gap, no overlap
+        values = np.frombuffer(raw[8 + size + start:8 + size + stop], "<f4")
+        tensors[name] = values.reshape(entry["shape"])
+        end = stop
+    assert 8 + size + end == len(raw)
+    return tensors, meta
 
 
 def test_an_exported_encoder_holds_timms_names_in_float32_and_says_what_it_needs(trained, tmp_path):
     model, checkpoint = trained
-    E.main(["export", checkpoint, "--out", str(tmp_path / "new" / "vit.safetensors")])
-    tensors, meta = read(tmp_path / "new" / "vit.safetensors")
-    block = [f"blocks.0.{part}.{kind}" for part in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2") for kind in ("weight", "bias")]
-    assert set(tensors) == {"cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias", *block, "norm.weight", "norm.bias"}
-    assert all(np.array_equal(x, model.vision.state_dict()[name].numpy()) for name, x in tensors.items())
-    assert [meta[k] for k in ("method", "image_size", "patch", "heads", "pooling")] == ["ALIGN", "16", "8", "2", "avg"]
+    path = tmp_path / "new" / "vit.safetensors"
+    evaluation.main(["export", checkpoint, "--out", str(path)])
+    tensors, meta = read_safetensors(path)
+    assert set(tensors) == {name.format(i) for name in BLOCK for i in range(2)} | set(OTHERS)
+    for name, x in tensors.items():
+        assert np.array_equal(x, model.vision.state_dict()[name].numpy()), name
+    expected = {"method": "ALIGN", "image_size": "16", "patch": "8", "heads": "2", "pooling": "avg"}
+    assert expected.items() <= meta.items()
     assert json.loads(meta["mean"]) == json.loads(meta["std"]) == [0.5] * 3
-    E.main(["export", checkpoint, "--out", str(tmp_path / "vit.pt")])
-    state = torch.load(tmp_path / "vit.pt", weights_only=True)
-    assert same(state["model"], plain(model.vision)) and state["metadata"] == meta
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
-def test_an_encoder_comes_back_bit_for_bit(trained, tmp_path, suffix):
+def test_an_encoder_comes_back_to_the_bit_and_gives_the_same_embeddings(trained, tmp_path, suffix):
     model, checkpoint = trained
-    E.main(["export", checkpoint, "--out", str(tmp_path / f"vit.{suffix}")])
-    fresh = vit(depth=1, seed=1)
-    common.init_encoder(fresh, str(tmp_path / f"vit.{suffix}"))
-    assert same(plain(fresh), plain(model.vision))
-    assert common.encoder_sizes(str(tmp_path / f"vit.{suffix}")) == {"dim": 16, "depth": 1, "heads": 2, "patch": 8}
+    path = str(tmp_path / f"vit.{suffix}")
+    evaluation.main(["export", checkpoint, "--out", path])
+    fresh = make_vit(seed=1)
+    evaluation.init_encoder(fresh, path)
+    assert_same(weights(fresh), weights(model.vision))
+    loaded, _, cfg, _ = evaluation.load_model(path, CPU)
+    assert (cfg.image_size, cfg.patch, cfg.dim, cfg.depth, cfg.heads) == (16, 8, 16, 2, 2)
+    images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
+    torch.testing.assert_close(loaded.encode_image(images), model.encode_image(images))
 
 
-@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"model": s, "epoch": 3}, lambda s: {"state_dict": s},
-                                  lambda s: {"module._orig_mod." + k: v for k, v in s.items()}, lambda s: {**s, "head.weight": torch.zeros(9, 16)},
-                                  lambda s: {k: v.bfloat16().float() if "norm" in k else v.double() for k, v in s.items()}])
-def test_files_of_others_are_read_however_they_wrap_their_weights(tmp_path, wrap):
-    source, fresh = vit(), vit(seed=1)
-    common.init_encoder(fresh, saved(tmp_path / "a.pth", wrap(plain(source))))
-    assert same(plain(fresh), plain(source))
+def test_an_encoder_file_is_shown_images_as_mae_does():
+    cfg = SimpleNamespace(image_size=224, patch=112, dim=4, depth=1, heads=1, cls=True,
+                          mean=[0.5] * 3, std=[0.5] * 3)
+    image = data.Image.effect_noise((320, 256), 90).convert("RGB")
+    pixels = np.asarray(image).transpose(2, 0, 1)
+    view = evaluation.Encoder(cfg).held_out_view(image)  # of side 256: the central 224, as it is
+    assert np.array_equal(view, pixels[:, 16:240, 48:272])
+
+
+# ---- files of others ----
+
+@pytest.mark.parametrize("wrap", [
+    lambda s: s,
+    lambda s: {"model": s, "epoch": 3},
+    lambda s: {"state_dict": s},
+    lambda s: {"module._orig_mod." + name: x for name, x in s.items()},
+    lambda s: {**s, "head.weight": torch.zeros(9, 16), "head.bias": torch.zeros(9)},
+    lambda s: {name: x.double() for name, x in s.items()},
+], ids=["bare", "model", "state_dict", "prefixes", "classifier", "double"])
+def test_files_are_read_however_they_wrap_their_weights(tmp_path, wrap):
+    source = make_vit()
+    fresh = make_vit(seed=1)
+    evaluation.init_encoder(fresh, saved(tmp_path / "a.pth", wrap(weights(source))))
+    assert_same(weights(fresh), weights(source))
 
 
 def test_half_precision_safetensors_are_read(tmp_path):
-    source, body, header = plain(vit()), b"", {}
+    source = weights(make_vit())
+    formats = [("BF16", lambda x: x.bfloat16()), ("F16", lambda x: x.half()), ("F32", lambda x: x)]
+    header = {}
+    body = b""
+    expected = {}
     for i, (name, x) in enumerate(source.items()):
-        kind, x = (("BF16", x.bfloat16().view(torch.int16)), ("F16", x.half()), ("F32", x))[i % 3]
-        header[name] = {"dtype": kind, "shape": list(x.shape), "data_offsets": [len(body), len(body) + len(x.numpy().tobytes())]}
-        body += x.numpy().tobytes()
-    text = json.dumps(header).encode()
-    (tmp_path / "half.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + body)
-    fresh = vit(seed=1)
-    common.init_encoder(fresh, str(tmp_path / "half.safetensors"))
-    for i, (name, x) in enumerate(source.items()):
-        assert torch.equal(fresh.state_dict()[name], (x.bfloat16().float(), x.half().float(), x)[i % 3]), name
+        kind, convert = formats[i % 3]
+        x = convert(x)
+        expected[name] = x.float()
+        raw = x.contiguous().view(torch.uint8).numpy().tobytes()
+        header[name] = {"dtype": kind, "shape": list(x.shape),
+                        "data_offsets": [len(body), len(body) + len(raw)]}
+        body += raw
+    (tmp_path / "half.safetensors").write_bytes(safetensors(header, body))
+    fresh = make_vit(seed=1)
+    evaluation.init_encoder(fresh, str(tmp_path / "half.safetensors"))
+    assert_same(weights(fresh), expected)
 
 
-# -- positions and the class token --
+# ---- positions and the class token ----
 
 @pytest.mark.parametrize("grid", [2, 4, 5, 9])
 def test_positions_are_resized_as_a_picture_and_the_class_tokens_stays(grid):
     ramp = torch.arange(4.).repeat(4, 1)
-    table = torch.cat([torch.full((1, 1, 3), 7.), torch.stack([ramp, ramp.T, torch.ones(4, 4)], 2).view(1, 16, 3)], 1)
-    lead, patches = common.resized_positions(table, grid)
-    assert torch.equal(lead, table[:, :1]) and patches.shape == (1, grid ** 2, 3)
+    picture = torch.stack([ramp, ramp.T, torch.ones(4, 4)], 2)
+    table = torch.cat([torch.full((1, 1, 3), 7.), picture.view(1, 16, 3)], 1)
+    cls, patches = evaluation.resize_positions(table, grid)
+    assert torch.equal(cls, table[:, :1]) and patches.shape == (1, grid**2, 3)
     x, y, one = patches[0].T.view(3, grid, grid)
     torch.testing.assert_close(one, torch.ones(grid, grid))
-    torch.testing.assert_close(x, y.T)                       # columns stay columns
+    torch.testing.assert_close(x, y.T)  # columns stay columns
     assert (x - x[0]).abs().max() < 1e-5 and (x[0].diff() > 0).all()
-    torch.testing.assert_close(x, 3 - x.flip(1))             # centred: neither corner is pinned to an edge
+    torch.testing.assert_close(x, 3 - x.flip(1))  # centered: neither edge is pinned
     if grid == 4:
-        assert torch.equal(patches, table[:, 1:])            # the same grid: untouched
+        assert torch.equal(patches, table[:, 1:])
 
 
-def test_a_coarser_grid_hears_every_patch():
+def test_a_coarser_grid_takes_every_patch_into_account():
     table = torch.randn(1, 65, 3, requires_grad=True)
-    common.resized_positions(table, 1)[1].sum().backward()
-    assert (table.grad[0, 1:] != 0).all() and not table.grad[0, 0].any()                     # antialiased: else the central 16 alone
+    evaluation.resize_positions(table, 1)[1].sum().backward()
+    assert (table.grad[0, 1:] != 0).all()  # antialiased: else only the central 16
+    assert not table.grad[0, 0].any()
 
 
-def test_a_class_token_that_only_one_side_has_is_left_as_it_starts_or_out(tmp_path):
-    with_cls, without = vit(), vit(cls=False, seed=2)
-    a, b = saved(tmp_path / "a.pt", plain(with_cls)), saved(tmp_path / "b.pt", plain(without))
-    fresh = vit(cls=False, seed=1)
-    common.init_encoder(fresh, a)
-    assert torch.equal(fresh.pos_embed, with_cls.pos_embed[:, 1:]) and fresh.cls_token is None
-    fresh, before = vit(seed=1), plain(vit(seed=1))
-    common.init_encoder(fresh, b)
-    assert torch.equal(fresh.cls_token, before["cls_token"]) and torch.equal(fresh.pos_embed[:, :1], before["pos_embed"][:, :1])
-    assert torch.equal(fresh.pos_embed[:, 1:], without.pos_embed) and torch.equal(fresh.norm.weight, without.norm.weight)
-    bare = {**plain(with_cls), "pos_embed": with_cls.pos_embed[:, 1:].detach()}              # a token without a position of its own
-    common.init_encoder(fresh, saved(tmp_path / "c.pt", bare))
-    assert torch.equal(fresh.cls_token, with_cls.cls_token) and not fresh.pos_embed[:, 0].any()
+def test_a_class_token_that_only_the_file_has_is_left_out(tmp_path):
+    source = make_vit()
+    fresh = make_vit(cls=False, seed=1)
+    evaluation.init_encoder(fresh, saved(tmp_path / "a.pt", weights(source)))
+    assert torch.equal(fresh.pos_embed, source.pos_embed[:, 1:]) and fresh.cls_token is None
 
 
-def test_fixed_positions_stay_what_the_method_says(tmp_path):
-    source, fresh = vit(image_size=32), vit(fixed=True, seed=1)
-    common.init_encoder(fresh, saved(tmp_path / "a.pt", plain(source)))
-    assert torch.equal(fresh.pos_embed, vit(fixed=True, seed=3).pos_embed) and torch.equal(fresh.cls_token, source.cls_token)
+def test_a_class_token_that_the_file_lacks_stays_as_initialized(tmp_path):
+    source = make_vit(cls=False)
+    fresh = make_vit(seed=1)
+    before = weights(fresh)
+    evaluation.init_encoder(fresh, saved(tmp_path / "a.pt", weights(source)))
+    assert torch.equal(fresh.cls_token, before["cls_token"])
+    assert torch.equal(fresh.pos_embed[:, :1], before["pos_embed"][:, :1])
+    assert torch.equal(fresh.pos_embed[:, 1:], source.pos_embed)
 
 
-# -- refused --
+def test_a_class_token_without_a_position_of_its_own_gets_zero(tmp_path):
+    source = weights(make_vit())
+    bare = {**source, "pos_embed": source["pos_embed"][:, 1:]}
+    fresh = make_vit(seed=1)
+    evaluation.init_encoder(fresh, saved(tmp_path / "a.pt", bare))
+    assert torch.equal(fresh.cls_token, source["cls_token"])
+    assert not fresh.pos_embed[:, 0].any()
+
+
+def test_fixed_positions_stay(tmp_path):
+    fresh = make_vit(sincos_pos=True, seed=1)
+    before = fresh.pos_embed.clone()
+    path = saved(tmp_path / "a.pt", weights(make_vit(image_size=32)))
+    evaluation.init_encoder(fresh, path)
+    assert torch.equal(fresh.pos_embed, before)
+
+
+# ---- number of heads ----
+
+def test_heads_come_from_the_file_or_a_well_known_size_and_are_never_guessed(tmp_path):
+    def heads(dim, depth, meta):
+        tensors = {"patch_embed.proj.weight": torch.zeros(dim, 3, 8, 8)}
+        tensors.update({f"blocks.{i}.attn.qkv.weight": torch.zeros(1) for i in range(depth)})
+        return evaluation.encoder_sizes(tensors, meta)["heads"]
+
+    assert heads(16, 2, {"heads": "4"}) == 4
+    assert heads(768, 12, {}) == 12 and heads(1280, 32, {}) == 16  # ViT-B; MAE's ViT-H
+    assert heads(768, 11, {}) is heads(1408, 40, {}) is None
+
+
+def test_where_the_file_does_not_say_the_number_of_heads_is_asked_for(tmp_path):
+    path = saved(tmp_path / "a.pt", weights(make_vit()))
+    with pytest.raises(UserError, match="does not say how many heads.*give --heads"):
+        evaluation.load_model(path, CPU)
+    model, _, _, _ = evaluation.load_model(path, CPU, heads=2)
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    torch.testing.assert_close(model.vision(images), make_vit()(images))
+
+
+def test_another_number_of_heads_than_the_files_is_refused(tmp_path):
+    path = saved(tmp_path / "a.pt", {"model": weights(make_vit()), "metadata": {"heads": "2"}})
+    with pytest.raises(UserError, match="has 2 heads, not 4"):
+        evaluation.init_encoder(make_vit(heads=4), path)
+
+
+# ---- refused ----
 
 def safetensors(header, body=b""):
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + body
 
 
-@pytest.mark.parametrize("name, content, told", [
-    ("a.safetensors", b"\xff" * 100, "no safetensors header"), ("a.safetensors", b"", "cannot be read"), ("a.safetensors", safetensors(b"[1, 2]"), "cannot be read"),
-    ("a.safetensors", safetensors(b"{not json}"), "cannot be read"), ("a.safetensors", safetensors({"w": {"dtype": "I4"}}), "cannot be read"),
-    ("a.safetensors", safetensors({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, bytes(4)), "w lies outside the file"),
-    ("a.safetensors", safetensors({"w": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}, bytes(8)), "cannot be read"),
-    ("a.safetensors", safetensors({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, bytes(8)), "no patch_embed.proj.weight"),
-    ("a.pt", b"not a torch file", "cannot be read"), ("a.pt", None, "No such file"), ("a.pt", {"method": "MUG", "model": {}}, "eval.py export makes"),
-    ("a.pt", [1, 2], "cannot be read"), ("a.pt", {"model": 3}, "cannot be read"), ("a.pt", SimpleNamespace(x=1), "cannot be read")])
-def test_what_is_no_encoder_file_is_told_in_one_line(tmp_path, name, content, told):
+def one_tensor(shape, n_bytes):
+    header = {"w": {"dtype": "F32", "shape": shape, "data_offsets": [0, 8]}}
+    return safetensors(header, bytes(n_bytes))
+
+
+@pytest.mark.parametrize("name,content,message", [
+    ("a.safetensors", b"\xff" * 100, "no safetensors header"),
+    ("a.safetensors", b"", "cannot be read"),
+    ("a.safetensors", safetensors(b"[1, 2]"), "cannot be read"),
+    ("a.safetensors", safetensors(b"{not json}"), "cannot be read"),
+    ("a.safetensors", safetensors({"w": {"dtype": "I4"}}), "cannot be read"),
+    ("a.safetensors", one_tensor([2], 4), "w lies outside the file"),
+    ("a.safetensors", one_tensor([3], 8), "cannot be read"),
+    ("a.safetensors", one_tensor([2], 8), "no patch_embed.proj.weight"),
+    ("a.pt", b"not a torch file", "cannot be read"),
+    ("a.pt", None, "No such file"),
+    ("a.pt", [1, 2], "cannot be read"),
+    ("a.pt", {"model": 3}, "cannot be read"),
+    ("a.pt", SimpleNamespace(x=1), "SimpleNamespace, not tensors alone"),
+])
+def test_what_is_no_encoder_file_gets_one_line(tmp_path, name, content, message):
     path = tmp_path / name
     if isinstance(content, bytes):
         path.write_bytes(content)
     elif content is not None:
         torch.save(content, path)
-    with pytest.raises(UserError, match=told) as error:
-        common.init_encoder(vit(), str(path))
-    assert "\n" not in str(error.value) and str(path) in str(error.value)
+    with pytest.raises(UserError, match=message) as caught:
+        evaluation.init_encoder(make_vit(), str(path))
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("here, there, parts", [(dict(dim=32), dict(), ["(1, 1, 16)", "(1, 1, 32)"]), (dict(depth=3), dict(), ["blocks.2.", "missing", "(16,)"]),
-                                                (dict(patch=4), dict(), ["(16, 3, 8, 8)", "(16, 3, 4, 4)"]),
-                                                (dict(mlp_ratio=2), dict(), ["blocks.0.mlp.fc1.weight", "(64, 16)", "(32, 16)"]),
-                                                (dict(), {"fc_norm.weight": torch.ones(16)}, ["fc_norm.weight is (16,) there and missing here"])])
+def test_a_damaged_checkpoint_is_not_mistaken_for_a_sound_one(trained):
+    model, path = trained
+    with open(path, "r+b") as f:
+        raw = bytearray(f.read())
+        raw[raw.index(model.vision.pos_embed.detach().numpy().tobytes())] ^= 1
+        f.seek(0)
+        f.write(raw)
+    with pytest.raises(UserError, match="it is damaged"):
+        evaluation.load_model(path, CPU)
+
+
+@pytest.mark.parametrize("here,there,parts", [
+    ({"dim": 32}, {}, ["16", "32"]),
+    ({"depth": 3}, {}, ["blocks.2.", "missing"]),
+    ({"patch": 4}, {}, ["(16, 3, 8, 8)", "(16, 3, 4, 4)"]),
+    ({"mlp_ratio": 2}, {}, ["blocks.", "mlp.fc", "64", "32"]),
+    ({}, {"norm_pre.weight": torch.ones(16)}, ["norm_pre.weight is (16,) there and missing here"]),
+], ids=["dim", "depth", "patch", "mlp", "extra"])
 def test_a_contradiction_names_both_shapes(tmp_path, here, there, parts):
-    path = saved(tmp_path / "a.pt", {**plain(vit()), **there})
-    with pytest.raises(UserError) as error:
-        common.init_encoder(vit(**here), path)
-    assert all(part in str(error.value) for part in [path, *parts]) and "\n" not in str(error.value)
+    path = saved(tmp_path / "a.pt", {**weights(make_vit()), **there})
+    with pytest.raises(UserError) as caught:
+        evaluation.init_encoder(make_vit(**here), path)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in [path, *parts]:
+        assert part in message
 
 
-def test_heads_come_from_the_metadata_else_they_are_64_wide_and_flags_must_not_contradict(tmp_path):
-    told = saved(tmp_path / "told.pt", {"model": plain(vit()), "metadata": {"heads": "2"}})
-    untold = saved(tmp_path / "untold.pt", plain(vit(dim=192, heads=3)))
-    asked = lambda *argv: common.parse(align.Config, align.DEMO, "", argv)
-    sizes = lambda cfg: (cfg.dim, cfg.depth, cfg.heads, cfg.patch)
-    assert sizes(asked("--init", told)) == (16, 2, 2, 8) and sizes(asked("--init", untold)) == (192, 2, 3, 8)
-    assert sizes(asked("--init", told, "--heads", "4", "--patch", "4")) == (16, 2, 4, 4)
-    assert sizes(asked("--init", told, "--size", "ti")) == (192, 12, 3, 8) and asked("--init", told).image_size == align.DEMO["image_size"]
-    with pytest.raises(UserError, match="2 heads there and 4 here"):
-        common.init_encoder(vit(heads=4), told)
-    common.init_encoder(vit(dim=192, heads=6), untold)       # nothing says otherwise
+def test_checkpoints_of_other_programs_and_versions_get_one_line(trained, tmp_path):
+    _, path = trained
+    state = torch.load(path, weights_only=True)
+    foreign = saved(tmp_path / "b.pt", {**state, "method": "os"})
+    with pytest.raises(UserError, match="a checkpoint of os: known are ALIGN, MUG"):
+        evaluation.load_model(foreign, CPU)
+    older = saved(tmp_path / "c.pt", {**state, "config": {**state["config"], "no_such": 1}})
+    with pytest.raises(UserError, match="written by another version of align.py"):
+        evaluation.load_model(older, CPU)
+    with pytest.raises(UserError, match="cannot be read .No such file.*give last.pt"):
+        evaluation.load_model(str(tmp_path / "typo.pt"), CPU)
 
 
-# -- the scripts --
+# ---- the scripts ----
 
-SMALL = dict(context=24, text_dim=16, text_depth=1, text_heads=2, vocab_size=300, batch=8, steps=1, lr=0, wd=0, workers=0, eval_every=-1, image_size=16)
-MORE = {"align": {}, "mug": dict(pixel_dim=16, pixel_depth=1, pixel_heads=2, cross_depth=1), "lcl": dict(context=64),
-        "m3i": dict(unit=1, block=4, projector_depth=1, decoder_depth=1)}
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_starts_from_an_encoder_file(name, toy_data, tmp_path):
+    source = make_vit(image_size=24, depth=1)  # a finer grid: positions are resized
+    path = saved(tmp_path / "a.pt", {"model": weights(source), "metadata": {"heads": "2"}})
+    script = importlib.import_module(name)
+    argv = ["--data", f"{toy_data}/pairs", "--init", path]
+    sizes = common.parse(script.Config, script.DEMO, "", argv)
+    assert (sizes.dim, sizes.depth, sizes.heads, sizes.patch) == (16, 1, 2, 8)
 
-
-@pytest.mark.parametrize("script", MORE)
-def test_every_script_starts_from_the_file(script, tiny_world, tmp_path):
-    source = vit(image_size=24)                              # a finer grid than the script's: positions are resized
-    argv = [str(x) for k, v in {**SMALL, **MORE[script]}.items() for x in ("--" + k.replace("_", "-"), v)]
-    path, module = saved(tmp_path / "a.pt", {"model": plain(source), "metadata": {"heads": "2"}}), importlib.import_module(script)
-    argv += ["--init", path, "--data", f"{tiny_world}/pairs", "--out", str(tmp_path / "run")]
-    for _ in range(2):                                       # the second is a resumed run
-        module.main(common.parse(module.Config, module.DEMO, "", argv))
-    model, *_ = E.load(f"{tmp_path}/run/last.pt")
-    for name in source.state_dict():                         # one step at rate 0 changed nothing
-        if name != "pos_embed":
-            assert torch.equal(model.vision.state_dict()[name], source.state_dict()[name]), name
-    if script == "mug":                                      # whose positions are fixed
-        assert torch.equal(model.vision.pos_embed[0, 1:], common.sincos(2, 16)) and not model.vision.pos_embed[0, 0].any()
-    else:
-        torch.testing.assert_close(model.vision.pos_embed.detach(), torch.cat(common.resized_positions(source.pos_embed.detach(), 2), 1))
-    if script == "m3i":
-        assert same(plain(model.average[0]), plain(model.vision))
-    with pytest.raises(UserError, match="--init"):           # part of the recipe
-        module.main(common.parse(module.Config, module.DEMO, "", [*argv[:argv.index("--init")], *argv[argv.index("--init") + 2:], "--dim", "16", "--depth", "2",
-                                                                   "--heads", "2", "--patch", "8"]))
+    cfg = tiny_config(name, toy_data, tmp_path, depth=1, init=path)
+    model = getattr(script, script.Config.method)(cfg)
+    assert evaluation.init_model(cfg, model) is None
+    for parameter, x in source.state_dict().items():
+        if parameter != "pos_embed":
+            assert torch.equal(model.vision.state_dict()[parameter], x), parameter
+    if model.vision.pos_embed.requires_grad:
+        expected = torch.cat(evaluation.resize_positions(source.pos_embed.detach(), 2), 1)
+        torch.testing.assert_close(model.vision.pos_embed.detach(), expected)

@@ -1,0 +1,220 @@
+"""data.py check and index: each bad shard and sample has its line, and output can end anywhere."""
+import functools
+import gzip
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import common
+import data
+from conftest import ROOT
+
+
+def encode(array, kind="JPEG", **options):
+    raw = io.BytesIO()
+    Image.fromarray(np.asarray(array, np.uint8)).save(raw, kind, **options)
+    return raw.getvalue()
+
+
+JPEG = encode(np.full((6, 8, 3), 90))
+MASK = encode(np.full((6, 8), 1), "PNG")
+
+
+def write_shard(path, samples):
+    """samples: {key: {suffix: bytes or a record}}. -> path as str"""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for key, members in samples.items():
+            for suffix, value in members.items():
+                raw = value if isinstance(value, bytes) else json.dumps(value).encode()
+                data.add(tar, f"{key}.{suffix}", raw)
+    return str(path)
+
+
+def check(capsys, *paths):
+    """The lines on what is wrong, of which the exit code must know, without the summary."""
+    with pytest.raises(SystemExit) as end:
+        data.main(["check", *map(str, paths)])
+    *lines, summary = capsys.readouterr().out.splitlines()
+    assert end.value.code == (1 if lines else 0)
+    assert summary.endswith(f"{len(lines)} wrong" if lines else "nothing wrong")
+    return lines
+
+
+def test_toy_data_of_every_kind_check_clean(toy_data, capsys):
+    assert check(capsys, f"{toy_data}/{{pairs,docs}}/train-*.tar", f"{toy_data}/labels") == []
+
+
+@pytest.mark.parametrize("pattern, samples", [
+    ("pairs/test-*.tar", "500"), ("labels/test-*.tar", "1,000"), ("docs/train-0000[0-3].tar", None),
+    ("seg", "138"), ("nlvr/test-*.tar", "167")])
+def test_real_shards_check_clean(shared, capsys, pattern, samples):
+    assert data.check(data.all_parts([f"{shared}/{pattern}"])) is False
+    if samples:
+        assert f"{samples} samples: nothing wrong" in capsys.readouterr().out
+
+
+GOOD = {"jpg": JPEG, "txt": b"a dog"}
+BOX = {"x": 1, "y": 1, "w": 2, "h": 2, "text": "a"}
+SENTENCE = {"image_name": "0.0.jpg", "matched_text_index": 0}
+
+
+@pytest.mark.parametrize("sample, reason", [
+    ({"jpg": JPEG[:-60], "txt": b"a"}, "unreadable image"),
+    ({"jpg": b"", "txt": b"a"}, "unreadable image"),
+    ({"txt": b"a"}, "no image"),
+    ({"jpg": JPEG, "x": b""}, "no caption"),
+    ({"jpg": JPEG, "txt": b" \n"}, "empty caption"),
+    ({"jpg": JPEG, "txt": b"caf\xe9"}, "text not UTF-8"),
+    ({"jpg": JPEG, "txt": "dog".encode("utf-16")}, "text not UTF-8"),
+    ({"jpg": JPEG, "json": b"{"}, "unreadable json"),
+    ({"jpg": JPEG, "json": {"caption": [None, 3]}}, "empty caption"),
+    ({"jpg": JPEG, "cls": b"dog"}, "unreadable class"),
+    ({"jpg": JPEG, "cls": b"2"}, "class 2, but 2 names of classes"),
+    ({"jpg": JPEG, "seg.png": MASK[:50]}, "unreadable mask"),
+    ({"jpg": JPEG, "seg.png": JPEG}, "unreadable mask"),
+    ({"jpg": JPEG, "seg.png": encode(np.ones((3, 4)), "PNG")}, "mask of another size"),
+    ({"jpg": JPEG, "seg.png": encode(np.full((6, 8), 2), "PNG")},
+     "class 2 in the mask, but 2 names of classes"),
+    ({"jpg": JPEG, "json": {"boxes": [{**BOX}, {**BOX, "x": 9}, {**BOX, "text": ""}]}},
+     "2 of 3 boxes malformed, outside or without a text"),
+    ({"jpg": JPEG, "json": {"segments": [{"bbox": [], "name": "a"}]}},
+     "1 of 1 segments malformed, outside or without a text"),
+    ({"jpg": JPEG, "json": {"boxes": 3}}, "boxes is no list"),
+    ({"json": {"text_list": ["a"]}}, "no document"),
+    ({"json": {"text_list": ["a"], "image_info": []}}, "no image left"),
+    ({"json": {"text_list": ["a"], "image_info": [SENTENCE]}}, "no image 0.0.jpg, no image left"),
+    ({"json": {"text_list": ["a"], "image_info": [SENTENCE, {"image_name": "0.0.jpg"}]},
+      "0.jpg": JPEG}, "entry of image_info with no usable matched_text_index"),
+    ({"json": {"text_list": ["a"], "image_info": [SENTENCE]}, "0.jpg": JPEG, "1.jpg": b"?"},
+     "unreadable image 1.jpg"),
+    ({"json": {"texts": ["a", None], "images": [None, "0.0.jpg"]}},
+     "no image 0.0.jpg, no image left"),
+])
+def test_check_says_what_is_wrong_with_which_sample(tmp_path, capsys, sample, reason):
+    samples = {"before": GOOD, "0": sample, "after": GOOD, "1": sample}
+    path = write_shard(tmp_path / "train-0.tar", samples)
+    (tmp_path / "classes.txt").write_text("unlabeled\nground\n")
+    assert check(capsys, path) == [f"{path}: 0: {reason}", f"{path}: 1: {reason}"]
+
+
+@pytest.mark.parametrize("sample", [
+    {"jpg": JPEG, "cls": b"1"},
+    {"jpg": JPEG, "seg.png": MASK},
+    {"jpg": JPEG, "seg.png": encode(np.full((6, 8), 255), "PNG")},  # Pascal VOC's border
+    {"jpg": JPEG, "json": {"boxes": []}},  # an image without an object
+    {"jpg": JPEG, "json": {"caption": [None, "", "a dog", 3]}},
+    {"jpg": JPEG, "txt": b"\xef\xbb\xbfa dog"},
+    {"json": {"texts": ["a", None], "images": [None, "0.0.jpg"]}, "0.jpg": JPEG},
+])
+def test_what_can_be_used_is_not_wrong(tmp_path, capsys, sample):
+    (tmp_path / "classes.txt").write_text("unlabeled\nground\n")
+    assert check(capsys, write_shard(tmp_path / "train-0.tar", {"0": sample})) == []
+
+
+def test_check_names_every_bad_shard_of_all_parts(tmp_path, capsys):
+    good = write_shard(tmp_path / "train-0.tar", {"0": GOOD, "1": GOOD})
+    bad = write_shard(tmp_path / "test-0.tar", {"0": {"jpg": JPEG, "txt": b""}, "1": GOOD})
+    with open(good, "rb") as f:
+        raw = f.read()
+    files = {"train-1.tar": gzip.compress(raw), "train-2.tar": b"<html>", "train-3.tar": b"",
+             "val/0.tar": raw[:3000]}
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    lines = check(capsys, tmp_path)
+    expected = [(bad, "0: empty caption"), ("train-1.tar", "gzip"), ("train-2.tar", "not a tar"),
+                ("train-3.tar", "no sample"), ("val/0.tar", "cut short")]
+    for line, (name, reason) in zip(lines, expected, strict=True):
+        assert line.startswith(f"{tmp_path / name}: ") and reason in line
+
+
+def test_files_that_macos_leaves_in_a_shard_do_no_harm(tmp_path, capsys):
+    path = write_shard(tmp_path / "0.tar", {"0": GOOD, "._0": GOOD, "__MACOSX/1": GOOD})
+    assert check(capsys, path) == []
+
+
+def test_an_unusable_list_of_classes_does_not_hide_the_samples(tmp_path, capsys):
+    path = write_shard(tmp_path / "train-0.tar", {"0": {"jpg": b"?", "cls": b"1"}})
+    (tmp_path / "classes.txt").write_text("dog\n\ncat\n")
+    lines = check(capsys, path)
+    assert len(lines) == 2
+    assert "classes.txt, line 2 is empty" in lines[0]
+    assert lines[1] == f"{path}: 0: unreadable image"
+
+
+@pytest.mark.parametrize("names", [["test-0.tar"], ["val/0.tar"], ["train-0.tar", "test-0.tar"],
+                                   ["a-train-0.tar", "a-validation-0.tar", "0.tar"]])
+@pytest.mark.parametrize("task", ["check", "index"])
+def test_a_folder_means_the_shards_of_all_its_parts(tmp_path, capsys, names, task):
+    for name in names:
+        write_shard(tmp_path / name, {name.replace(".", "-"): GOOD})
+    if task == "check":
+        assert check(capsys, tmp_path) == []
+    else:
+        data.main(["index", str(tmp_path)])
+        assert f"{len(names)} shards, {len(names)} samples" in capsys.readouterr().out
+
+
+# ---- output ----
+
+def run_main(monkeypatch, stdout, *args):
+    """Exit code of `python data.py *args` with this stdout."""
+    monkeypatch.setattr(sys, "stdout", stdout)
+    with pytest.raises(SystemExit) as end:
+        common.run_command(functools.partial(data.main, [str(arg) for arg in args]))
+    return end.value.code
+
+
+def test_output_into_head_ends_quietly(tmp_path):
+    samples = {f"{i:0200d}": {"x": b""} for i in range(2000)}  # more lines than a pipe holds
+    path = write_shard(tmp_path / "0.tar", samples)
+    command = f"{sys.executable} {ROOT}/data.py check {path} | head -n 1; exit ${{PIPESTATUS[0]}}"
+    process = subprocess.run(["bash", "-c", command], capture_output=True, timeout=60)
+    assert process.stdout.decode().startswith(f"{path}: 000")
+    assert process.stderr == b""
+    assert process.returncode == 0
+
+
+def test_a_closed_pipe_and_a_closed_stdout_end_quietly(tmp_path, monkeypatch):
+    path = write_shard(tmp_path / "0.tar", {"0": {"x": b""}})
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    pipe = open(write_end, "w")
+    assert run_main(monkeypatch, pipe, "check", path) == 0
+    pipe.close()  # flushes
+    assert run_main(monkeypatch, None, "check", path) == 1  # >&-
+
+
+def test_names_that_the_terminal_cannot_print_are_replaced(tmp_path, monkeypatch):
+    path = write_shard(tmp_path / "caf\u00e9.tar", {"\u732b\n\x1b": {"txt": b"a"}})
+    raw = io.BytesIO()
+    stdout = io.TextIOWrapper(raw, encoding="ascii")
+    assert run_main(monkeypatch, stdout, "check", path) == 1
+    line = f"{tmp_path}/caf\\xe9.tar: \\u732b??: no image\n"
+    assert raw.getvalue().startswith(line.encode())
+    assert run_main(monkeypatch, stdout, "index", path) == 0
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(capsys, monkeypatch):
+    assert run_main(monkeypatch, sys.stdout, "check", "/nowhere/x\n.tar") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: /nowhere/x?.tar: no such ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("args", [[], ["convert"], ["filter"], ["make"]])
+def test_help_explains_layouts_and_rules(capsys, args):
+    with pytest.raises(SystemExit) as end:
+        data.main([*args, "-h"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    words = {"convert": data.LAYOUTS, "filter": ["I2", "T3", "--min-side"], "make": ["--scenes"]}
+    for word in words.get("".join(args), ["check", "index"]):
+        assert word in text

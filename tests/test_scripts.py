@@ -1,0 +1,304 @@
+"""Whole runs of the five scripts: any number of ranks is one run, a restart changes no bit."""
+import importlib
+import io
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+from dataclasses import replace
+
+import pytest
+import torch
+
+import common
+import data
+from common import rank
+from conftest import (
+    ROOT, SCRIPTS, first_gradients, refused, run, signal_at_step, tiny_config)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TERMS = {
+    "align": {"temperature"},
+    "mug": {"pixels", "caption"},
+    "lcl": {"gen", "con"},
+    "timix": {"itc", "itm", "mlm", "pta", "mix"},
+    "m3i": {"intra", "inter", "text", "class"},
+}
+PICTURES = {
+    "align": ["retrieval.png"],
+    "mug": ["reconstruction.png"],
+    "lcl": ["document.png"],
+    "timix": ["mixing.png"],
+    "m3i": ["views.png", "neighbours.png"],
+}
+
+
+def main_of(name):
+    return importlib.import_module(name).main
+
+
+def distance(a, b):
+    """Largest relative distance of two lists of tensors."""
+    assert len(a) == len(b) > 0
+    return max(((x - y).norm() / y.norm().clamp(min=1e-12)).item() for x, y in zip(a, b))
+
+
+@pytest.fixture(scope="module", params=SCRIPTS)
+def whole(request, toy_data, tmp_path_factory):
+    """name, config, log rows, checkpoint, metrics: 20 steps on one rank, evaluation, pictures."""
+    name = request.param
+    out = tmp_path_factory.mktemp(name)
+    cfg = tiny_config(name, toy_data, out / "run", steps=20, save_every=6, eval_every=0,
+                      val=[f"{toy_data}/pairs", f"{toy_data}/labels"])
+    return name, cfg, *run(main_of(name), cfg)
+
+
+# ---- one run ----
+
+def test_a_run_logs_its_terms_evaluates_and_draws(whole):
+    name, cfg, rows, state, result = whole
+    assert [row["step"] for row in rows] == list(range(20))
+    assert TERMS[name] <= set().union(*rows)
+    assert state["step"] == 20 and state["method"] == cfg.method
+    assert {"knn", "linear", "knn_random", "linear_random"} <= result.keys()
+    for picture in ["curves.png", *PICTURES[name]]:
+        with data.Image.open(f"{cfg.out}/{picture}") as image:
+            assert len(image.convert("RGB").getcolors(1 << 24)) > 20, picture  # not blank
+
+
+def test_a_script_runs_beside_common_and_data_alone(whole, tmp_path):
+    name, cfg, *_ = whole
+    for file in (name, "common", "data"):
+        shutil.copy(f"{ROOT}/{file}.py", tmp_path)
+    code = (f"import {name}; from dataclasses import replace; cfg = {cfg!r}; "
+            f"{name}.main(replace(cfg, out='out', steps=2, eval_every=-1, val=None))")
+    code = code.replace("cfg = Config(", f"cfg = {name}.Config(")
+    env = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out/last.pt").exists()
+
+
+def test_a_finished_run_started_again_only_evaluates_and_says_so(whole, capsys):
+    name, cfg, rows, state, result = whole
+    again, state_again, result_again = run(main_of(name), cfg)
+    assert again == rows and result_again == result
+    assert "finished" in capsys.readouterr().out
+
+
+# ---- ranks ----
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_losses_of_20_steps_are_those_of_one_rank(whole, run_on_ranks, world):
+    name, cfg, rows, *_ = whole
+    cfg = replace(cfg, out=f"{cfg.out}-{world}-ranks", eval_every=-1)
+    sharded, _, _ = run_on_ranks(world, run, main_of(name), cfg)[0]
+    for row, other in zip(rows, sharded, strict=True):
+        for term in TERMS[name] | {"loss"}:
+            assert (term in other) == (term in row)  # a mixture is not in every step
+            if term in row:
+                assert other[term] == pytest.approx(row[term], rel=1e-4), term
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_first_gradients_are_those_of_one_rank(whole, run_on_ranks, world):
+    name, cfg, *_ = whole
+    cfg = replace(cfg, out=f"{cfg.out}-gradients", eval_every=-1)
+    alone = first_gradients(name, cfg)
+    cfg = replace(cfg, out=f"{cfg.out}-{world}")
+    for grads in run_on_ranks(world, first_gradients, name, cfg):
+        assert distance(grads, alone) < 1e-5
+
+
+# ---- restart ----
+
+def same_state(a, b):
+    for name, x in a["model"].items():
+        assert torch.equal(x, b["model"][name]), name
+    for i, state in a["optimizer"]["state"].items():
+        for key, x in state.items():
+            assert torch.equal(torch.as_tensor(x), torch.as_tensor(b["optimizer"]["state"][i][key]))
+
+
+def without_speed(rows):
+    speed = ("images_per_s", "data_wait", "skipped")
+    return [{key: value for key, value in row.items() if key not in speed} for row in rows]
+
+
+def test_stopped_by_a_signal_and_started_again_it_is_the_same_run_to_the_bit(whole):
+    name, cfg, rows, state, _ = whole
+    cfg = replace(cfg, out=f"{cfg.out}-stopped", eval_every=-1)
+    with signal_at_step(signal.SIGTERM, 8):
+        _, stopped, result = run(main_of(name), cfg)
+    assert stopped["step"] == 9 and result == {}
+    again, state_again, _ = run(main_of(name), cfg)
+    assert without_speed(again) == without_speed(rows)
+    same_state(state, state_again)
+
+
+# ---- the same step in other ways ----
+
+@pytest.mark.parametrize("change", [{"micro": 4}, {"grad_checkpoint": True}, {"chunk": 3}])
+def test_saving_memory_leaves_the_gradients_as_they_are(whole, change):
+    name, cfg, *_ = whole
+    if not hasattr(cfg, next(iter(change))):
+        pytest.skip(f"{name}.py has no such flag")
+    cfg = replace(cfg, out=f"{cfg.out}-memory", eval_every=-1)
+    plain = first_gradients(name, cfg)
+    assert distance(first_gradients(name, replace(cfg, **change)), plain) < 1e-5
+
+
+def test_compiled_functions_have_no_graph_break_and_the_same_gradients(whole, monkeypatch):
+    name, cfg, *_ = whole
+    cfg = replace(cfg, out=f"{cfg.out}-compiled", eval_every=-1)
+    plain = first_gradients(name, cfg)
+    compiled = []
+
+    def compile_whole_graph(fn, compile, device):
+        compiled.append(fn)
+        return torch.compile(fn, fullgraph=True, backend="aot_eager")
+
+    monkeypatch.setattr(common, "compiled", compile_whole_graph)
+    assert distance(first_gradients(name, cfg), plain) < 1e-5
+    assert compiled
+
+
+# ---- --init ----
+
+def parsed(name, *argv):
+    script = importlib.import_module(name)
+    return common.parse(script.Config, script.DEMO, script.__doc__, list(argv))
+
+
+def weights_at_start(name, cfg):
+    script = importlib.import_module(name)
+    torch.manual_seed(1)
+    model = getattr(script, cfg.method)(cfg)
+    _, vocab = common.resume_from(cfg, model, None)
+    return model.state_dict(), vocab
+
+
+def test_init_takes_weights_vocabulary_and_sizes_of_the_same_method(whole, tmp_path):
+    name, cfg, _, state, _ = whole
+    fields = {field: [str(tmp_path)] for field in common.data_fields(type(cfg)) if field != "val"}
+    argv = [x for field, paths in fields.items() for x in (common.flag(field), *paths)]
+    new = parsed(name, "--init", f"{cfg.out}/last.pt", "--out", f"{tmp_path}/new", *argv)
+    for field in cfg.model_fields:
+        assert getattr(new, field) == getattr(cfg, field), field
+    assert new.lr == type(cfg)().lr  # the recipe is not taken over
+    if hasattr(cfg, "classes"):
+        new = replace(new, classes=state["config"]["classes"])
+    weights, vocab = weights_at_start(name, new)
+    assert vocab == state["vocab"]
+    for key, x in state["model"].items():
+        assert torch.equal(weights[key], x), key
+
+
+def test_init_takes_the_encoder_of_another_method(whole, toy_data, tmp_path):
+    name, cfg, _, state, _ = whole
+    other = "mug" if name == "align" else "align"
+    new = tiny_config(other, toy_data, tmp_path, init=f"{cfg.out}/last.pt")
+    weights, vocab = weights_at_start(other, new)
+    assert vocab is None
+    for key, x in state["model"].items():
+        if key.startswith("vision.") and "pos_embed" not in key:
+            assert torch.equal(weights[key], x), key
+
+
+def test_init_refuses_other_sizes_and_another_vocabulary_of_the_same_size(whole, tmp_path):
+    name, cfg, _, state, _ = whole
+    last = f"{cfg.out}/last.pt"
+    with pytest.raises(common.UserError, match="--dim 32.*has 16"):
+        parsed(name, "--init", last, "--dim", "32")
+    tokenizer = data.Tokenizer.loads(state["vocab"])
+    merges = tokenizer.merges[:-1] + [tokenizer.merges[0][::-1]]
+    other = data.Tokenizer(merges)
+    assert other.vocab_size == tokenizer.vocab_size
+    other.save(f"{tmp_path}/other.json")
+    new = replace(cfg, init=last, vocab=f"{tmp_path}/other.json", out=f"{tmp_path}/new")
+    assert f"{tmp_path}/other.json" in refused(main_of(name), new)
+
+
+# ---- many ranks decide together ----
+
+def test_evaluation_gives_the_same_numbers_on_any_number_of_ranks(run_on_ranks, toy_data, tmp_path):
+    cfg = tiny_config("align", toy_data, tmp_path / "run", steps=2, eval_every=0,
+                      val=[f"{toy_data}/pairs", f"{toy_data}/labels"])
+    _, _, alone = run(main_of("align"), cfg)
+    _, _, sharded = run_on_ranks(4, run, main_of("align"), cfg)[0]
+    assert sharded == alone
+
+
+def stopped_by_rank_1(cfg):
+    if rank() == 1:
+        with signal_at_step(signal.SIGTERM, 2):
+            return run(main_of("align"), cfg)
+    return run(main_of("align"), cfg)
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(run_on_ranks, toy_data, tmp_path):
+    cfg = tiny_config("align", toy_data, tmp_path / "run", steps=50, save_every=50, log_every=4)
+    (rows, state, result), _ = run_on_ranks(2, stopped_by_rank_1, cfg)
+    assert rows[-1]["step"] == 3 and state["step"] == 4 and result == {}
+
+
+def not_finite_on_rank_1(cfg):
+    align = importlib.import_module("align")
+    loss = align.contrastive_loss
+    calls = []
+
+    def poisoned(*args):
+        calls.append(1)
+        return loss(*args) * (float("nan") if len(calls) == 4 and rank() == 1 else 1)
+
+    align.contrastive_loss = poisoned
+    try:
+        align.main(cfg)
+    except common.UserError as error:
+        return str(error)
+    finally:
+        align.contrastive_loss = loss
+
+
+def test_a_nan_on_one_rank_stops_all_and_names_the_checkpoint(run_on_ranks, toy_data, tmp_path):
+    cfg = tiny_config("align", toy_data, tmp_path / "run", steps=50, save_every=2)
+    first, second = run_on_ranks(2, not_finite_on_rank_1, cfg)
+    assert first == second and "step 3" in first and "last.pt of step 2" in first
+    assert common.read_checkpoint(f"{cfg.out}/last.pt")["step"] == 2
+
+
+def test_skipped_samples_are_counted_over_all_ranks(run_on_ranks, toy_data, tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        picture = io.BytesIO()
+        data.Image.new("RGB", (16, 16), "red").save(picture, "JPEG")
+        for i in range(40):
+            text = b" " if i in (3, 21) else b"a red square"
+            for suffix, raw in [("jpg", picture.getvalue()), ("txt", text)]:
+                info = tarfile.TarInfo(f"{i:04d}.{suffix}")
+                info.size = len(raw)
+                tar.addfile(info, io.BytesIO(raw))
+    cfg = tiny_config("align", toy_data, tmp_path / "1", data=[f"{tmp_path}/x.tar"], batch=20,
+                      steps=2)
+    alone, _, _ = run(main_of("align"), cfg)
+    cfg = replace(cfg, out=f"{tmp_path}/2")
+    sharded, _, _ = run_on_ranks(2, run, main_of("align"), cfg)[0]
+    skipped = [row["skipped"] for row in alone]
+    assert [row["skipped"] for row in sharded] == skipped and skipped[-1] >= 2
+
+
+def test_two_processes_under_torchrun_train_evaluate_and_end_with_code_0(toy_data, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+               "2", f"{ROOT}/mug.py", "--data", f"{toy_data}/pairs", "--val", f"{toy_data}/pairs",
+               "--out", f"{tmp_path}/run", "--steps", "3", "--batch", "16", "--image-size", "16",
+               "--patch", "8", "--dim", "16", "--depth", "1", "--heads", "2", "--text-dim", "16",
+               "--text-depth", "1", "--cross-depth", "1", "--text-heads", "2", "--pixel-dim", "16",
+               "--pixel-depth", "1", "--pixel-heads", "2", "--vocab-size", "300", "--workers", "1"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert os.path.exists(f"{tmp_path}/run/result.json")
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,225 @@
+"""The tokenizer against hand-worked examples and slow references."""
+import collections
+import os
+import random
+import re
+import tarfile
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from common import UserError
+from data import Index, Tokenizer
+
+A, B, C, D = [Tokenizer.FIRST_BYTE + ord(letter) for letter in "abcd"]
+TEXTS = ["the cat sat on the mat, the cat!", "a cat and the hat -- that hat", "мир миру мир",
+         "猫猫猫 aaaa aaaaaa", "on on on the the\n\n\nthe", "sat sat   sat"]
+RANGES = [(0, 0x80), (0x80, 0x800), (0x300, 0x370), (0x590, 0x700), (0x4e00, 0x9fff),
+          (0xe000, 0x10000), (0x1f300, 0x1fa00), (0x20000, 0x2a000)]  # of code points
+
+
+def random_text(draw, length):
+    return "".join(chr(draw.randrange(*draw.choice(RANGES))) for _ in range(length))
+
+
+def word_ids(text):
+    """Bytes of the words of a text, words cut by a regular expression of its own."""
+    words = re.findall(r" ?\w+| ?[^\w\s]+|\s", text)
+    return [[Tokenizer.FIRST_BYTE + byte for byte in word.encode()] for word in words]
+
+
+def slow_merge(ids, pair, new_id):
+    for i in range(len(ids) - 1):
+        if (ids[i], ids[i + 1]) == pair:
+            return ids[:i] + [new_id] + slow_merge(ids[i + 2:], pair, new_id)
+    return ids
+
+
+def slow_train(texts, vocab_size):
+    """Count everything anew for each merge."""
+    words = [ids for text in texts for ids in word_ids(text)]
+    merges = []
+    while 264 + len(merges) < vocab_size:
+        counts = collections.Counter(pair for ids in words for pair in zip(ids, ids[1:]))
+        if not counts or max(counts.values()) < 2:
+            break
+        merges.append(min(counts, key=lambda pair: (-counts[pair], pair)))
+        words = [slow_merge(ids, merges[-1], 263 + len(merges)) for ids in words]
+    return merges
+
+
+@pytest.mark.parametrize("n_merges", [0, 24])
+def test_any_text_comes_back_as_it_was(n_merges):
+    tokenizer = Tokenizer.train(TEXTS, 264 + n_merges)
+    assert len(tokenizer.merges) == n_merges
+    draw = random.Random(0)
+    texts = [random_text(draw, draw.randrange(40)) for _ in range(300)]
+    texts += ["", "\0", " \t\r\n \x1c\x85\u2028", "e\u0301\u202e", "👩‍👩‍👧 שלום", " leading", "end "]
+    for text in texts:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert all(8 <= i < tokenizer.vocab_size for i in ids)
+
+
+def test_without_merges_the_ids_are_the_bytes_behind_the_special_ones():
+    assert Tokenizer().encode("aé") == [8 + 97, 8 + 0xc3, 8 + 0xa9]
+    assert Tokenizer().vocab_size == 8 + 256 and Tokenizer.train(TEXTS, 264).merges == []
+
+
+def test_the_example_of_wikipedia():
+    # aaabdaaabac: Z = aa; then Y = ab and Za tie at 2, the smaller ids win; then X = ZY: XdXac
+    tokenizer = Tokenizer.train(["aaabdaaabac"], 1000)
+    assert tokenizer.merges == [(A, A), (A, B), (264, 265)]
+    assert tokenizer.encode("aaabdaaabac") == [266, D, 266, A, C]
+    assert tokenizer.bytes[266] == b"aaab"
+    assert Tokenizer.train(["aaabdaaabac"], 266).merges == [(A, A), (A, B)]  # no room for more
+
+
+@pytest.mark.parametrize("texts, size", [
+    (TEXTS, 1000), (TEXTS, 280), (["aaaaaaa", "aaaa aaa", "ababab bababa"], 1000),
+    (["abab" * 9, "baba" * 7, "aab" * 5], 1000),
+])
+def test_training_agrees_with_counting_everything_anew_for_each_merge(texts, size):
+    assert Tokenizer.train(texts, size).merges == slow_train(texts, size)
+
+
+def random_words(seed):
+    draw = random.Random(seed)
+    return ["".join(draw.choices("aabc ", k=draw.randrange(1, 60))) for _ in range(40)]
+
+
+def test_training_on_random_strings_agrees_too():
+    merges = slow_train(random_words(1), 360)
+    assert len(merges) > 50
+    assert Tokenizer.train(random_words(1), 360).merges == merges
+    assert Tokenizer.train(random_words(1), 300).merges == merges[:36]
+
+
+def test_encoding_applies_the_merges_in_the_order_they_were_learned():
+    texts = TEXTS + random_words(2)
+    tokenizer = Tokenizer.train(texts[:30], 1000)
+    for text in texts:
+        want = []
+        for ids in word_ids(text):
+            for i, pair in enumerate(tokenizer.merges):
+                ids = slow_merge(ids, pair, 264 + i)
+            want += ids
+        assert tokenizer.encode(text) == want
+        assert tokenizer.encode(text) == want  # from its cache
+
+
+@pytest.mark.parametrize("text", ["<|endoftext|>", "[MASK]", "<pad><bos></s>", "[PAD] [CLS]",
+                                  "<image>", "".join(map(chr, range(8))), "\ufffd"])
+def test_no_string_becomes_a_special_token(text):
+    tokenizer = Tokenizer.train(TEXTS, 300)
+    ids = tokenizer.encode(text)
+    assert min(ids) >= len(Tokenizer.SPECIAL) == 8 and tokenizer.decode(ids) == text
+
+
+def test_special_tokens_vanish_from_decoded_text_and_broken_bytes_are_marked():
+    ids = [Tokenizer.BOS, A, Tokenizer.MASK, B, Tokenizer.EOS, Tokenizer.PAD, 999_999]
+    assert Tokenizer().decode(ids) == "ab"
+    assert Tokenizer().decode(torch.tensor([A, 8 + 0xc3])) == "a\ufffd"
+
+
+@pytest.mark.parametrize("text, length, want, n_valid", [
+    ("ab", 6, [1, A, B, 2, 0, 0], 4), ("abcd", 4, [1, A, B, 2], 4), ("", 4, [1, 2, 0, 0], 2),
+    ("abcd", 6, [1, A, B, C, D, 2], 6),
+])
+def test_padding_is_marked_and_a_cut_keeps_the_end_token(text, length, want, n_valid):
+    assert (Tokenizer.PAD, Tokenizer.BOS, Tokenizer.EOS) == (0, 1, 2)
+    tokens, valid = Tokenizer().pad(text, length)
+    assert tokens.tolist() == want and tokens.dtype == np.int64
+    assert valid.tolist() == [i < n_valid for i in range(length)]
+
+
+def test_half_a_surrogate_pair_is_encoded_and_read_back_as_damage():
+    tokenizer = Tokenizer.train(["a\ud83d b\ud83d"] * 2, 300)
+    assert tokenizer.decode(tokenizer.encode("a\ud83d")).startswith("a\ufffd")
+
+
+def test_a_saved_vocabulary_is_the_same_one(tmp_path):
+    tokenizer = Tokenizer.train(TEXTS, 320)
+    path = str(tmp_path / "vocab.json")
+    tokenizer.save(path)
+    for copy in (Tokenizer.load(path), Tokenizer.loads(tokenizer.dumps())):
+        assert copy.merges == tokenizer.merges
+        assert [copy.encode(t) for t in TEXTS] == [tokenizer.encode(t) for t in TEXTS]
+    assert os.listdir(tmp_path) == ["vocab.json"]
+
+
+@pytest.mark.parametrize("raw", [
+    b"", b"{", b"[]", b"null", b"{}", b'{"special": 7, "merges": []}',
+    b'{"special": 8, "merges": [[1, 2, 3]]}', b'{"special": 8, "merges": [["a", "b"]]}',
+    b'{"special": 8, "merges": [[264, 105]]}', b'{"special": 8, "merges": 3}',
+    b'{"special": 8, "merges": [[105, 105], [999, 105]]}', b'{"special": 8, "merges": [[-1, -2]]}',
+    b'{"special": 8, "merges": [[105.0, 105]]}',
+])
+def test_a_damaged_vocabulary_is_refused_in_one_line(tmp_path, raw):
+    (tmp_path / "vocab.json").write_bytes(raw)
+    with pytest.raises(UserError, match="vocab.json is not a vocabulary"):
+        Tokenizer.load(str(tmp_path / "vocab.json"))
+
+
+# ---- the tokenizer of a run ----
+
+def index_of(folder, *shards):
+    """shards: lists of (name, bytes)"""
+    paths = []
+    for k, members in enumerate(shards):
+        paths.append(f"{folder}/{k}.tar")
+        with tarfile.open(paths[-1], "w") as tar:
+            for name, raw in members:
+                data.add(tar, name, raw)
+    return Index(paths)
+
+
+def test_a_vocabulary_is_trained_once_then_read_and_must_fit(tmp_path):
+    captions = [f"caption {i}" for i in range(40)]
+    members = [(f"{i:02d}.txt", caption.encode()) for i, caption in enumerate(captions)]
+    cfg = SimpleNamespace(out=str(tmp_path), vocab=None, vocab_size=270)
+    made = data.make_tokenizer(cfg, index_of(tmp_path, members), None)
+    assert made.merges == slow_train(captions, 270)
+    names = data.make_tokenizer(cfg, None, None, ["a cap", "cap on"])
+    assert names.merges == slow_train(["a cap", "cap on"], 270)
+
+    made.save(str(tmp_path / "other.json"))
+    cfg = SimpleNamespace(out="nowhere", vocab=str(tmp_path / "other.json"), vocab_size=270)
+    assert data.make_tokenizer(cfg, None, None).merges == made.merges
+    cfg.vocab_size = 269
+    with pytest.raises(UserError, match="270 ids, more than --vocab-size 269"):
+        data.make_tokenizer(cfg, None, None)
+    cfg.vocab = str(tmp_path / "absent.json")
+    with pytest.raises(UserError, match="absent.json cannot be read"):
+        data.make_tokenizer(cfg, None, None)
+
+
+def test_the_vocabulary_of_a_checkpoint_rules_and_another_one_is_refused(tmp_path):
+    tokenizer = Tokenizer.train(TEXTS, 280)
+    cfg = SimpleNamespace(out="nowhere", vocab=None, vocab_size=280)
+    assert data.make_tokenizer(cfg, None, tokenizer.dumps()).merges == tokenizer.merges
+    cfg.vocab = str(tmp_path / "vocab.json")
+    tokenizer.save(cfg.vocab)
+    assert data.make_tokenizer(cfg, None, tokenizer.dumps()).merges == tokenizer.merges
+    Tokenizer.train(TEXTS, 279).save(cfg.vocab)
+    with pytest.raises(UserError, match="vocab.json is not the vocabulary of the checkpoint"):
+        data.make_tokenizer(cfg, None, tokenizer.dumps())
+
+
+def test_the_texts_of_a_vocabulary_are_captions_and_sentences(tmp_path):
+    index = index_of(tmp_path, [
+        ("0.txt", b"one"), ("1.json", b'{"text_list": ["two", 3, "four"]}'), ("2.jpg", b"x"),
+        ("3.json", b'{"texts": ["five", null]}'), ("4.json", b'{"captions": ["six"]}'),
+        ("5.json", b"{")])
+    assert data.first_captions(index) == ["one", "two", "four", "five", "six"]
+    assert data.first_captions(index, limit=2) == ["one", "two", "four"]
+
+
+@pytest.mark.parametrize("empty", [[], [[]]])  # also if the very first shard is empty
+def test_a_first_shard_without_captions_is_an_error(tmp_path, empty):
+    index = index_of(tmp_path, *empty, [("0.jpg", b"x"), ("1.jpg", b"x")], [("2.txt", b"late")])
+    with pytest.raises(UserError, match="no caption in the first shard"):
+        data.first_captions(index)
