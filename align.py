@@ -10,8 +10,8 @@ Reading order: contrastive_loss (the method, Eq. 1-2), ALIGN (the model), Lamb, 
 Departures from the paper:
 - ViT and a pre-norm text transformer instead of EfficientNet and BERT; no dropout
 - 224 pixels instead of 289; byte-level BPE instead of WordPiece
-- LAMB: vectors get no decay and no adaptation, the temperature is adapted (the paper does not say);
-  one ratio for the fused q, k, v
+- LAMB: 1-D tensors get no decay and no adaptation, the temperature is adapted (the paper does not
+  say); one ratio for the fused q, k, v
 - the outputs of all transformer branches start at a tenth of their usual size
 
 Dimension key: B pairs of this rank, G of all ranks, S pixels a side, L text tokens, E = --dim.
@@ -82,7 +82,7 @@ class Config:
 
 
 # Toy data on two CPU cores. No crops and no flips: captions say left and right, and where things
-# are. From 1.0 a short run would spend most of its steps on lowering the temperature.
+# are. From a temperature of 1.0 a run of this length would come down to about 0.4 only.
 DEMO = dict(
     image_size=48, patch=8, dim=128, depth=3, heads=4, resize=1.0, flip=False,
     text_dim=64, text_depth=2, text_heads=2, context=16, vocab_size=512, temperature=0.07,
@@ -99,7 +99,7 @@ class ALIGN(nn.Module):
         super().__init__()
         self.image_size = cfg.image_size
         self.resize = cfg.resize
-        # the class token takes part in attention only
+        # the class token is dropped before pooling
         self.vision = ViT(cfg.image_size, cfg.patch, cfg.dim, cfg.depth, cfg.heads,
                           grad_checkpoint=cfg.grad_checkpoint)
         self.text = TextTransformer(cfg.vocab_size, cfg.context, cfg.text_dim, cfg.text_depth,
@@ -108,7 +108,7 @@ class ALIGN(nn.Module):
         self.text_proj = nn.Linear(cfg.text_dim, cfg.dim)
         self.temperature = nn.Parameter(torch.tensor(cfg.temperature))
         common.init_weights(self.text_proj)
-        # a step of LAMB is a fixed share of a matrix's norm, so that large branches would shrink
+        # LAMB moves a matrix by a fixed share of its norm, so that too large a branch would shrink
         # slowly: they start small (ours, after CaiT's layer scale, arXiv 2103.17239)
         for block in [*self.vision.blocks, *self.text.blocks]:
             block.attn.proj.weight.data *= 0.1
@@ -143,9 +143,9 @@ def contrastive_loss(image, text, temperature, label_smoothing=0.0, chunk=0):
     labels = rank() * len(image) + torch.arange(len(image), device=image.device)
 
     def one_direction(rows, columns):
-        def row_losses(rows, labels):
-            logits = rows @ columns.T / temperature  # (chunk, G)
-            return F.cross_entropy(logits, labels, label_smoothing=label_smoothing,
+        def row_losses(some_rows, some_labels):
+            logits = some_rows @ columns.T / temperature  # (B or chunk, G)
+            return F.cross_entropy(logits, some_labels, label_smoothing=label_smoothing,
                                    reduction="none")
         return common.checkpointed_chunks(row_losses, chunk, rows, labels).mean()
 
@@ -160,8 +160,8 @@ class Lamb(torch.optim.Optimizer):
     """LAMB (arXiv 1904.00962, Algorithm 2, phi = identity, with bias correction).
 
     A tensor of two or more dimensions moves by lr * |w| * u / |u|, where u is Adam's update plus
-    wd * w. So does the temperature, a scalar with |u| / u = +-1: its steps are factors 1 +- lr, and
-    it stays positive. Biases and gains (1-D) get plain Adam steps.
+    wd * w. So does the temperature, without wd: as u / |u| is 1 or -1, a step is a factor of 1 - lr
+    or 1 + lr, and it stays positive. Biases and gains (1-D) get plain Adam steps.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, wd=0.0):
@@ -189,7 +189,7 @@ class Lamb(torch.optim.Optimizer):
         update = m_hat / (v_hat.sqrt() + group["eps"])
         if w.ndim >= 2:
             update += group["wd"] * w
-        if w.ndim != 1:  # matrices, and the temperature
+        if w.ndim != 1:  # two or more dimensions, or the temperature
             w_norm = w.norm()
             update_norm = update.norm()
             ratio = torch.where((w_norm > 0) & (update_norm > 0), w_norm / update_norm, 1.0)

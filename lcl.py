@@ -27,7 +27,7 @@ rules of its released code, from which we depart in this:
 - documents are packed into rows; byte-level BPE instead of CLIP's
 
 Dimension key: R rows of L tokens of this rank, K images, N patches of each, D width of the language
-model, M labels, V vocabulary, G contrasted rows of all ranks.
+model, M labels, V vocabulary. What ranks gather: C rows of a rank, G of all, padding included.
 """
 import math
 from dataclasses import dataclass
@@ -55,7 +55,7 @@ class Config:
     # data and output
     docs: list = None  # training documents: files, folders, globs, {0..9}; no data = toy documents
     data: list = None  # training pairs
-    docs_share: float = 0.5  # ours: documents among the rows of a batch, where both are given
+    docs_share: float = 0.5  # ours: share of documents among the samples of a batch
     val: list = None  # held-out shards: captions -> retrieval, classes -> zero-shot, kNN, linear
     out: str = "runs/lcl"  # checkpoint, log, results, pictures; a second start goes on here
     fresh: bool = False  # start anew in --out
@@ -70,12 +70,12 @@ class Config:
     heads: int = 12  # ViT-B
     # documents
     context: int = 2048  # LCL code: tokens of a row of documents
-    image_first: float = 0.5  # LCL code: probability that an image precedes its sentence
+    image_first: float = 0.5  # LCL code: probability that an image precedes its text; MMC4, pairs
     max_images: int = 6  # LCL code: the first ones of a document
-    similarity: float = 0.24  # LCL code: least matched_sim of an image
+    similarity: float = 0.24  # LCL code: least matched_sim of an image; MMC4 only
     pack: bool = True  # ours: several documents share a row
     # language model
-    vocab: str = None  # vocabulary file; none = train one on the first documents
+    vocab: str = None  # vocabulary file; none = train one on documents, else on captions
     vocab_size: int = 49_411  # LCL code
     text_dim: int = 768  # LCL code
     text_depth: int = 12  # LCL code
@@ -123,7 +123,8 @@ DEMO = dict(
 class AttentivePool(nn.Module):
     """Attention of one learned query to an image's patches (LCL code).
 
-    Projected values are the image tokens; their attention-weighted sum is the latent.
+    Image tokens: out(values). Latent: out(concatenated weighted sums of the values, one for each
+    head).
     """
 
     def __init__(self, dim, out_dim, heads):
@@ -243,7 +244,7 @@ class LCL(nn.Module):
 
     def decode_packed(self, x, document):
         """Packed rows (R, L, D), number of each token's document (R, L) -> (R, L, D)"""
-        # a block mask skips what is empty, and has no backward on the CPU
+        # a block mask skips fully masked tiles, and has no backward on the CPU
         mask = block_mask(document) if document.is_cuda else dense_mask(document)
         return self.decode(x, mask)
 
@@ -363,9 +364,10 @@ def block_mask(document):
 # ---- objective ----
 
 def losses(model, batch, cfg):
-    """L = w_gen L_gen + w_con L_con (LCL code), or an arm of it -> loss, {name: term}.
+    """L = w_gen L_gen + w_con L_con + L_reg; --objective picks the terms -> loss, {name: term}.
 
-    Each is this rank's share: the mean over ranks is that of the global batch.
+    LCL code has the first two. Loss and terms are this rank's share: the mean over ranks is that of
+    the global batch.
     """
     with common.autocast(cfg.precision, batch["ids"].device):
         out = model(batch)
@@ -389,7 +391,7 @@ def losses(model, batch, cfg):
             pad_rows(is_contrasted, capacity), model.contrast_scale())
 
     # L_reg, of the arm that collapses: squared error of each image token, predicted from the state
-    # before it. Nothing keeps its target from becoming constant
+    # before it. The target is not detached: constant tokens minimize this term
     if "reg" in weights:
         error = at_least_float32(out["predicted_tokens"]) - image_tokens  # (K, N, D)
         terms["reg"] = mean_over_ranks(error.square().mean((1, 2)))
@@ -408,16 +410,16 @@ def term_weights(cfg):
 def info_nce(latent, context, valid, scale):
     """L_con = mean_i -1/2 [log softmax_j(s z_i . y_j)_i + log softmax_j(s y_i . z_j)_i]  (LCL code)
 
-    z = latent, y = context: (K, D), unit length, row i of one belongs to row i of the other. valid
-    (K,): False for a pair that is not counted and no negative of others. s = scale: 0-dim factor.
-    K is the same on all ranks; the mean of the results over ranks is the mean over all valid pairs,
+    z = latent, y = context: (C, D), unit length, row i of one belongs to row i of the other. valid
+    (C,): False for a pair that is not counted and no negative of others. s = scale: 0-dim factor.
+    C is the same on all ranks; the mean of the results over ranks is the mean over all valid pairs,
     0 if there is none.
     """
     all_valid = all_gather(valid)  # (G,)
     labels = rank() * len(valid) + torch.arange(len(valid), device=valid.device)
 
     def cross_entropy(rows, columns):
-        logits = scale * rows @ columns.T  # (K, G)
+        logits = scale * rows @ columns.T  # (C, G)
         # finite, not -inf: rows that are not valid get a gradient of 0 from where() below, and 0
         # times their softmax must stay 0, not become NaN, even if no pair is valid
         logits = logits.masked_fill(~all_valid, torch.finfo(logits.dtype).min)
@@ -477,6 +479,7 @@ def collapse_metrics(image_tokens, latent):
 def example(sample, rng, cfg, tokenizer):
     """A training document: ids, and a random resized crop of each image (LCL code)."""
     read = read_document if sample.is_document() else read_pair
+    # a square crop of the least area then has image_size pixels a side; an oblong one is enlarged
     min_size = round(cfg.image_size / cfg.scale**0.5)
 
     def view(image):
@@ -487,7 +490,8 @@ def example(sample, rng, cfg, tokenizer):
 
 
 def read_document(sample, rng, cfg, tokenizer, min_size=None):
-    """Sentences as lists of ids, and PIL images, chosen and placed by LCL's rules (data.Sample)."""
+    """Sentences as lists of ids, and PIL images. MMC4: chosen and placed by LCL's rules; OBELICS:
+    the first --max-images, in order (data.Sample)."""
     parts = sample.document(rng, min_size, cfg.similarity, cfg.max_images, cfg.image_first)
     segments = []
     for i, part in enumerate(parts):
@@ -568,7 +572,8 @@ def pack(documents, cfg):
     batch["images"] = np.concatenate(images)
     # made here, on the CPU: x[mask] would wait for the device
     batch["soi_index"] = np.flatnonzero(ids == Tokenizer.SOI)
-    is_label = (position > 0) & (ids != Tokenizer.IMG) & (ids != Tokenizer.EOI)
+    never_predicted = [Tokenizer.PAD, Tokenizer.BOS, Tokenizer.IMG, Tokenizer.EOI]
+    is_label = ~np.isin(ids, never_predicted)
     batch["labels"] = ids[is_label]
     batch["label_index"] = np.flatnonzero(is_label) - 1
     return {name: torch.from_numpy(x) for name, x in batch.items()}
@@ -619,7 +624,8 @@ def warn_of_long_documents(index, cfg, tokenizer, n=300):
 
 @common.owns_output_folder
 def main(cfg):
-    """Train, evaluate, draw. Returns the metrics of the last evaluation."""
+    """Train, evaluate, draw. Returns the metrics of the last evaluation; {} with --eval-every -1 or
+    when stopped."""
     device = common.init_distributed()
     common.check_batch(cfg.batch)
     cfg = data.use_toy_data(cfg, docs="docs")

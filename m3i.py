@@ -7,9 +7,10 @@
 
 Patches of two images, a and b, are mixed into one input. The tokens of image a's patches predict
 image a's hidden patches (intra-view); those of image b's predict another view of image b
-(inter-view); both predict their image's caption (text) and category (class). Each term bounds the
-mutual information of input and target: squared errors take the target to be Gaussian around its
-prediction, softmax losses take it to be one of a set of candidates.
+(inter-view); both predict their image's caption (text) and category (class). For fixed targets,
+each loss is, up to constants, minus a lower bound of the mutual information of input and target:
+squared errors take the target to be Gaussian around its prediction, softmax losses take it to be
+one of a set of candidates. The image terms' penalty on second moments is added against collapse.
 
 Reading order: random_view and relative_position (how two views of an image lie to each other), M3I
 (the model), losses (the method) with feature_loss, text_loss and labeled_cross_entropy, main.
@@ -21,8 +22,9 @@ Special cases (tests/test_m3i.py compares each with a formula of its own):
     masked image modeling  --w-inter 0 --w-text 0 --w-class 0
                            --target pixels --second-moment-weight 0
     masked siamese         --w-intra 0 --w-text 0 --w-class 0
-CutMix takes random squares here, not one box; the contrast is ALIGN's image-to-text half; where the
-masked methods hide patches of an image, the encoder sees patches of the other.
+CutMix draws its share and one box; here random squares have a fixed share, --keep. The contrast is
+ALIGN's image-to-text half. Where the masked methods hide patches of an image, the encoder sees
+patches of the other.
 
 Departures: the text of the paper after its introduction was not available to us. Confirmed are its
 Figure 1, the caption of its Figure 2, and that the text encoder has BERT-Base's architecture. All
@@ -59,7 +61,7 @@ from common import (Block, TextTransformer, UserError, ViT, all_gather, all_gath
 class Config:
     # data and output
     data: list = None  # captioned shards: files, folders, globs, {0..9} ranges; none = toy data
-    labels: list = None  # labeled shards, with classes.txt beside them
+    labels: list = None  # labeled shards; classes.txt beside them numbers the classes of data too
     labels_share: float = 0.5  # ours: labeled images in a batch, where there are both
     val: list = None  # held-out shards: captions -> retrieval, classes -> zero-shot, kNN, linear
     out: str = "runs/m3i"  # checkpoint, log, results, pictures; a second start goes on here
@@ -80,7 +82,7 @@ class Config:
     keep: float = 0.5  # ours: share of patches from image a; 1 = no image b, no image terms
     mask_unit: int = 2  # ours: side of the squares that are mixed, in patches
     group: int = 64  # ours: partners are mirrored inside groups of rows; ranks hold whole groups
-    pool: str = "own"  # ours: text and class from an image's own patches (weight 2) or all (1)
+    pool: str = "own"  # ours: text, class from own patches (a, b weigh 1 each) or all (area shares)
     # image targets
     target: str = "ema"  # SiameseIM: features of the EMA encoder; or pixels (MAE)
     momentum: float = 0.995  # SiameseIM: of the EMA, rising to 1 with a cosine
@@ -131,7 +133,7 @@ DEMO = dict(
     image_size=48, patch=8, dim=128, depth=3, heads=4, scale=0.6, color=False, flip=False,
     mask_unit=1, group=8, second_moment_weight=0.12, momentum=0.99, projector_depth=1,
     decoder_depth=1, text_dim=64, text_depth=2, text_heads=2, context=24, vocab_size=512,
-    batch=128, steps=400, lr=3e-3, warmup=50, save_every=100,
+    batch=128, steps=400, lr=3e-3, warmup=40, save_every=100,
 )
 
 
@@ -236,14 +238,14 @@ def mask_units(cfg):
     return n_units, int(cfg.keep * n_units + 1e-9)  # 0.29 * 100 is a little less than 29
 
 
-def random_mask(noise, mask_unit, n_a):
-    """Which patches of a mixture come from image a: (B, L) bool, n_a in each row.
+def random_mask(noise, mask_unit, units_of_a):
+    """Which patches of a mixture come from image a: (B, L) bool.
 
-    noise (B, U): one number for each square; the squares of the lowest noise are of image a.
+    noise (B, U): one number for each square; the units_of_a squares of the lowest noise show a.
     """
     side = math.isqrt(noise.shape[1])
     ranking = noise.argsort(1).argsort(1)  # 0 = lowest
-    mask = (ranking * mask_unit**2 < n_a).view(-1, side, side)
+    mask = (ranking < units_of_a).view(-1, side, side)
     return mask.repeat_interleave(mask_unit, 1).repeat_interleave(mask_unit, 2).flatten(1)
 
 
@@ -331,7 +333,7 @@ class Decoder(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Captions -> unit vectors: a transformer and the mean over the tokens of the text (paper)."""
+    """Captions -> unit vectors: a transformer and the mean of the text's tokens (Figure 1)."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -363,8 +365,8 @@ class M3I(nn.Module):
                           mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),  # ImageNet's
                           grad_checkpoint=cfg.grad_checkpoint)
         grid = self.vision.grid
-        self.n_units, units_of_a = mask_units(cfg)
-        self.n_a = cfg.mask_unit**2 * units_of_a  # patches of image a in each mixture
+        self.n_units, self.units_of_a = mask_units(cfg)
+        self.n_a = cfg.mask_unit**2 * self.units_of_a  # patches of image a in each mixture
         self.n_b = grid**2 - self.n_a  # of image b
 
         self.has_text = cfg.w_text > 0
@@ -499,6 +501,7 @@ def images_in_mixture(tokens, mask, cfg):
     """[(mean token (B, D) that predicts the text and class of an image, its row (B,), weight)]
 
     From their own patches, both images count in full, so that a term weighs 2; else it weighs 1.
+    With --keep 1 there is only image a.
     """
     row_a = torch.arange(len(mask), device=mask.device)
     if cfg.keep == 1:
@@ -564,14 +567,18 @@ def losses(model, batch, mask, cfg, encode, encode_ema):
 # ---- training ----
 
 def example(sample, rng, cfg, tokenizer):
-    """A training row: two views, and a caption, a class number (-1 = none), or both."""
+    """A training row: two views, caption and class number (-1 = none).
+
+    Without image terms, an image that has neither caption nor class is skipped.
+    """
     has_text = sample.has_caption()
     text = sample.caption(rng) if has_text else ""
     label = sample.label() if sample.has_label() else -1
     if label >= cfg.classes:  # captioned shards may have classes that classes.txt does not name
         label = -1
-    if label < 0 and not has_text:
-        raise data.Skip("no class" if cfg.classes else "no caption")
+    has_image_terms = cfg.w_intra > 0 or cfg.w_inter > 0
+    if label < 0 and not has_text and not has_image_terms:
+        raise data.Skip("no caption" if cfg.w_text > 0 else "no class")
     image = sample.image(min_size=round(cfg.image_size / cfg.scale**0.5))
     first, first_geometry = random_view(image, rng, cfg)
     second, second_geometry = random_view(image, rng, cfg, second=True)
@@ -680,11 +687,12 @@ def main(cfg):
     for step in range(start_step, cfg.steps):
         batch = next(batches)
         lr = common.cosine_lr(step, cfg.steps, cfg.warmup, max_lr)
-        # these two complete the last step, whose own lines are the same in every script
+        # these two complete the previous step: the lines below are shared by all scripts;
+        # a checkpoint lacks its last EMA update, which a resumed run makes here
         model.update_ema(ema_momentum(step, cfg.steps, cfg.momentum))
         model.clamp_scale()
         noise = common.batch_noise(cfg.seed, step, cfg.batch, model.n_units)
-        mask = random_mask(noise, cfg.mask_unit, model.n_a)
+        mask = random_mask(noise, cfg.mask_unit, model.units_of_a)
         mask = common.to_device(mask, device)
         with common.autocast(cfg.precision, device):
             terms, metrics = losses(model, batch, mask, cfg, encode, encode_ema)
@@ -791,18 +799,18 @@ def draw(model, tokenizer, cfg, device):
     for a, b in zip(picked[::2], picked[1::2]):
         cells += mixture_cells(picture(a), picture(b), rng, model, cfg)
     evaluation.sheet(cells, f"{cfg.out}/views.png", 6,
-                     f"{title.capitalize()}: two images, their mixture, and what b predicts", 128)
+                     f"{title.capitalize()}: two images, mixed, and the view b must predict", 128)
 
 
 def mixture_cells(image_a, image_b, rng, model, cfg):
-    """A row of views.png: how a mixture of two images is made, and the view that b predicts."""
+    """A row of views.png: how two images are mixed, and the view that b must predict."""
     import eval as evaluation
     view_a, geometry_a = random_view(image_a, rng, cfg)
     view_b, geometry_b = random_view(image_b, rng, cfg)
     target_view, target_geometry = random_view(image_b, rng, cfg, second=True)
     view_a, view_b, target_view = [torch.tensor(view) for view in (view_a, view_b, target_view)]
     noise = torch.from_numpy(rng.random((1, model.n_units)))
-    mask = random_mask(noise, cfg.mask_unit, model.n_a)
+    mask = random_mask(noise, cfg.mask_unit, model.units_of_a)
     mask = to_pixels(mask, cfg.patch)[0, 0]  # (S, S)
     mixed = torch.where(mask, view_a, view_b)
     boxes_b = [view_box(geometry_b, "input"), view_box(target_geometry, "target")]
@@ -828,7 +836,8 @@ def box_in_source(source_geometry, target_geometry, grid, patch):
     """Where a target view lies by what the decoder gets, in pixels of the source view."""
     geometries = torch.tensor(np.stack([source_geometry, target_geometry]))[:, None]  # (2, 1, 6)
     coordinates = relative_coordinates(*geometries, grid)[0]  # (L, 4)
-    row, column = coordinates[:, :2].amin(0).tolist()  # center of the target's top left patch
+    # center of the box's top left patch, in the source view
+    row, column = coordinates[:, :2].amin(0).tolist()
     height, width = (coordinates[0, 2:] / 10).exp().tolist()  # of a target patch
     x = column + 0.5 - width / 2  # in patches of the source
     y = row + 0.5 - height / 2

@@ -223,7 +223,7 @@ class MUG(nn.Module):
             raise UserError("--recon-weight 0 and --cap-weight 0 leave nothing to learn: "
                             "give one of them a value")
 
-        # a loss of weight 0 has no decoder: AdamW would shrink its weights
+        # a loss of weight 0 has no decoder
         if cfg.recon_weight:
             self.pixel_decoder = PixelDecoder(
                 cfg.dim, cfg.pixel_dim, cfg.pixel_depth, cfg.pixel_heads, self.vision.grid,
@@ -242,7 +242,7 @@ class MUG(nn.Module):
         caption_loss (B,), a sum over tokens; `losses`, below, weights and adds them.
 
         images (B, 3, S, S); noise (B, N), uniform: the K patches of least noise are kept;
-        tokens, valid (B, L), from the begin token to the end token.
+        tokens, valid (B, L): begin token, text, end token, padding, where valid is False.
         """
         ids_shuffle = noise.argsort(1)  # (B, N), kept patches first
         ids_restore = ids_shuffle.argsort(1)
@@ -276,7 +276,7 @@ class MUG(nn.Module):
     def _generate(self, images, length=None):
         """Greedy captions of whole images: ids (B, length) without begin token, PAD after the end.
 
-        length: at most --context tokens; None = one less, since the begin token is one of them.
+        length: in tokens; None = --context - 1, as in training, after the begin token.
         """
         if length is None:
             length = self.context - 1
@@ -334,10 +334,10 @@ def next_token_loss(logits, tokens, valid):
 
 
 def losses(pixel_loss, caption_loss, valid, cfg):
-    """The last line of Algorithm 1 -> this rank's loss, whose mean over ranks is the loss; {name:
-    term}, of those that have a weight.
+    """The last line of Algorithm 1: the weighted sum of both losses.
 
-    pixel_loss, caption_loss (B,): of MUG.forward. valid (B, L).
+    pixel_loss, caption_loss (B,): of MUG.forward. valid (B, L). -> loss, {name: term}: this rank's,
+    whose mean over ranks is that of the global batch; only terms that have a weight.
     """
     pixels = pixel_loss.mean()
     # captions differ in length: a mean of the ranks' means would be another loss than the mean over

@@ -8,14 +8,15 @@
 A patch predictor in the middle of the image tower scores each patch: does it belong to what this
 text describes? It learns that from boxes with texts (patch-text alignment, PTA). Images i and j are
 partners. The s x s patches of j with the highest total score for caption j cover those of i with
-the lowest for caption i. The mixed image should match caption i with weight lambda = 1 - s^2 / N
-and caption j with the rest. With l = InfoNCE and s_i, s_j the logits of the two captions,
+the lowest for caption i (text_aware_mix). The mixed image should match caption i with weight
+lambda = 1 - s^2 / N and caption j with the rest (mixed_targets). With l = InfoNCE of the mixed
+image and z_i, z_j its logits for the two captions, the loss (mix_loss) is
 
-    L_mix = lambda l_i + (1 - lambda) l_j = l_i + (1 - lambda) (s_i - s_j),
+    L_mix = lambda l_i + (1 - lambda) l_j = l_i + (1 - lambda) (z_i - z_j),
 
-which is InfoNCE plus a penalty on the margin between the captions, least at a finite margin of
-log(lambda / (1 - lambda)). That is for one-hot captions: the code replaces them by the model's
-probabilities on the clean batch (mixed_targets), as the released code does.
+InfoNCE plus a linear penalty on the margin z_i - z_j. The penalty has no minimum by itself; L_mix
+is least at z_i - z_j = log(lambda / (1 - lambda)). That is for one-hot targets: mixed_targets puts
+the model's probabilities on the clean batch in their place, as the released code does.
 
 Reading order: losses (the method, term by term), text_aware_mix and mixed_targets, PatchPredictor,
 ALBEF and TiMix (the model), main.
@@ -25,10 +26,13 @@ Departures. The paper's text was not available to us; the method is that of its 
   dropout (0.1 in BERT and in the released ViT), one learning rate (the released ViT has a tenth),
   pre-norm blocks, no transform before the word head
 - one step for the sum of all terms, not three; one encoding of an image for the texts of its boxes
-- partners and negatives are drawn within groups of --group rows (released: a GPU's batch);
-  gradients and means over ranks are exact
+- images with boxes are half as many as pairs, each with up to --texts-per-region texts (released:
+  in all half as many texts as pairs)
+- within groups of --group rows (released: a GPU's batch) partners are the rows in reverse and
+  matching's negatives are drawn; the contrast is over all ranks, gradients and means are exact
 - targets of texts mix the columns of the text-to-image probabilities; the released code takes the
   image-to-text table for both directions
+- without boxes, or with --w-pta 0, windows are chosen by the cosine of patches and text (ours)
 - byte-level BPE; captions are not lower-cased, stripped or cut to 30 words; random words of the
   masking are never special tokens
 - warm-up from lr / warmup (released: from 1e-6), cosine to 0 at every step (to 1e-6, by epochs)
@@ -93,9 +97,9 @@ class Config:
     min_side: float = 0.35  # TiMix code: smallest side of the window, in sides of the image
     max_side: float = 0.75  # TiMix code
     mix_until: float = 2 / 3  # TiMix code: 20 of 30 epochs; share of the steps
-    group: int = 128  # TiMix code; partners and negatives are drawn within groups of `group` rows
+    group: int = 128  # TiMix code; rows among which partners and matching's negatives are found
     # objective
-    w_itc: float = 1.0  # TiMix code: image-text contrast
+    w_itc: float = 1.0  # TiMix code: image-text contrast, over all ranks
     w_itm: float = 1.0  # TiMix code: image-text matching; 0 leaves it out
     w_mlm: float = 1.0  # TiMix code: masked words; 0 leaves them out
     w_pta: float = 1.0  # TiMix code: patch-text alignment; 0 leaves it out
@@ -128,8 +132,9 @@ class Config:
                     "vocab_size", "text_dim", "text_depth", "fusion_depth", "text_heads", "embed")
 
 
-# Toy data on two CPU cores. No crops, flips or changes of color: captions name all of them. Toy
-# captions read like the texts of boxes; marking every patch for them would contradict the boxes.
+# Toy data on two CPU cores. Pairs: no crops, flips or changes of color, since captions name all of
+# them; images with boxes are always cropped. Toy captions read like the texts of boxes; marking
+# every patch for them would contradict the boxes.
 DEMO = dict(
     image_size=48, patch=8, dim=128, depth=3, heads=4, scale=1.0, flip=False, augment=False,
     text_dim=64, text_depth=2, fusion_depth=2, text_heads=2, embed=64, context=24, vocab_size=512,
@@ -325,7 +330,7 @@ def text_aware_mix(images, scores, s, group):
     covered = windows[totals.argmin(1)]  # (B, s^2), in the image
     pasted = windows[partner(totals.argmax(1), group)]  # (B, s^2), in its partner
 
-    # Nothing here waits for a GPU; the .tolist() of a loop over rows would, once a step.
+    # vectorized: a loop with .tolist() would make the CPU wait for the GPU
     patch = images.shape[2] // n
     patches = F.pixel_unshuffle(images, patch).flatten(2)  # (B, P, N), P = 3 * patch^2 values
     covered = covered[:, None].expand(-1, patches.shape[1], -1)  # (B, P, s^2)
@@ -448,9 +453,9 @@ def itm_loss(model, student, valid, noise, group):
 
 
 def mask_tokens(tokens, valid, noise, ratio, vocab_size):
-    """BERT's masking: each word with probability `ratio`, but at most half of the context in a row,
-    is to be predicted; of these 80 % become the mask token, 10 % a random word, 10 % stay. Never
-    the begin token or padding.
+    """BERT's masking: each token except the begin token and padding is to be predicted with
+    probability `ratio`, at most L // 2 in a text; of these 80 % become the mask token, 10 % a
+    random word, 10 % stay.
 
     tokens, valid (B, L); noise (B, 3, L), uniform. -> masked tokens (B, L); position (B, K), the
     K = L // 2 of least noise, as many in every row; the words there (B, K), -1 if not masked.
@@ -528,6 +533,7 @@ def mix_loss(model, images, student, logits, random_scores, generator, cfg):
     if cfg.mix == "cutmix":
         mixed, lam = cutmix(images, cfg.group, generator)
     else:
+        # "random": the same mixing, by scores that know no text
         scores = model.patch_scores(student) if cfg.mix == "text" else random_scores
         s = window_side(model.vision.grid, cfg.min_side, cfg.max_side, generator)
         mixed, lam = text_aware_mix(images, scores, s, cfg.group)
@@ -551,17 +557,17 @@ def draw_noise(cfg, step, device):
     return Noise(mlm.unflatten(1, (3, -1)), itm.unflatten(1, (2, -1)), random_scores)
 
 
-def losses(model, batch, noise, generator, cfg, ramp, mixing):
+def losses(model, batch, noise, generator, cfg, progress, mixing):
     """The objective of a step -> loss, {name: term or metric}; means over ranks are exact.
 
     batch: clean pairs, and with cfg.boxes images with boxes; noise: Noise; generator: of the step,
-    on the CPU; ramp: 0 .. 1, how far alpha and the weight of the mixing have risen; mixing: has
-    this step the term of mixed images? Nothing here waits for the device.
+    on the CPU; progress: 0 .. 1, how far alpha and the weight of the mix term have risen; mixing:
+    has this step a mix term? Nothing here waits for the device.
     """
     images = batch["images"]
     tokens = batch["tokens"]
     valid = batch["valid"]
-    alpha = cfg.alpha * ramp
+    alpha = cfg.alpha * progress
     student = model.encode(images, tokens, valid)
     with torch.no_grad():
         teacher = model.teacher.encode(images, tokens, valid)
@@ -592,10 +598,10 @@ def losses(model, batch, noise, generator, cfg, ramp, mixing):
         terms.update(recall_and_precision(log_probs, in_box, used))
         loss = loss + cfg.w_pta * terms["pta"]
 
-    # mixing: windows chosen by the scores of the patch predictor, targets mixed like the images
+    # mixed images, by --mix: the targets are mixed like the images
     if mixing:
         terms["mix"] = mix_loss(model, images, student, logits, noise.random_scores, generator, cfg)
-        loss = loss + cfg.w_mix * ramp * terms["mix"]
+        loss = loss + cfg.w_mix * progress * terms["mix"]
     return loss, terms
 
 
@@ -767,7 +773,7 @@ class PairsAndRegions(torch.utils.data.Dataset):
 
 def training_data(cfg, index, tokenizer):
     """-> training set of pairs, and the dataset of batches: pairs, with cfg.boxes also half as many
-    images with boxes (TiMix code: 64 texts of regions beside 128 pairs)."""
+    images with boxes (ours; TiMix code: 64 texts of boxes beside 128 pairs)."""
     order = data.ShuffledOrder(index.starts, cfg.batch, cfg.seed)
     pairs = data.TrainingSet(index, order, partial(example, cfg=cfg, tokenizer=tokenizer))
     dataset = data.BatchDataset([pairs], cfg.batch, rank(), world_size())
@@ -842,12 +848,12 @@ def main(cfg):
         model.update_ema(cfg.momentum)  # before the teacher is used (ALBEF)
         batch = next(batches)
         lr = common.cosine_lr(step, cfg.steps, cfg.warmup, cfg.lr)
-        ramp = min(1.0, step / max(1.0, cfg.ramp * cfg.steps))
+        progress = min(1.0, step / max(1.0, cfg.ramp * cfg.steps))
         mixing = cfg.mix != "none" and cfg.w_mix > 0 and step < cfg.mix_until * cfg.steps
         noise = draw_noise(cfg, step, device)
         generator = common.generator(common.Stream.STEP, cfg.seed, step)
         with common.autocast(cfg.precision, device):
-            loss, terms = losses(model, batch, noise, generator, cfg, ramp, mixing)
+            loss, terms = losses(model, batch, noise, generator, cfg, progress, mixing)
         terms["temperature"] = model.temperature.detach().clone()  # as in this step
 
         # -- the same lines in every script, held together by tests/test_text.py --
@@ -935,7 +941,7 @@ def held_out_row(sample, model, tokenizer, cfg):
 
 def draw(model, tokenizer, cfg, device):
     """out/curves.png, and out/mixing.png: each image, its score map, its partner and its map, the
-    mixed image, both captions with their weights."""
+    image mixed by text scores whatever --mix is, both captions with their weights."""
     import eval as evaluation
     index, title = evaluation.held_out_pairs(cfg)
     if rank() > 0:
@@ -961,24 +967,10 @@ def draw(model, tokenizer, cfg, device):
                      f"Mixing of {title}, windows by {how}; trained with --mix {cfg.mix}", 128)
 
 
-@torch.no_grad()
 def mixing_cells(model, tokenizer, samples, cfg, device):
     """Six cells of a sheet for each sample; sample i's partner is sample len - 1 - i."""
-    import eval as evaluation
-    texts = []
-    rows = []
-    for sample in samples:
-        texts.append(sample.captions(lines=True)[0])
-        tokens, valid = tokenizer.pad(texts[-1], cfg.context)
-        image = model.held_out_view(sample.image())
-        rows.append({"images": image, "tokens": tokens, "valid": valid})
-    batch = data.stack(rows)
-    encoded = model.encode(*[batch[name].to(device) for name in ("images", "tokens", "valid")])
-    scores = model.patch_scores(encoded).float().cpu()
-    n = model.vision.grid
-    images = batch["images"]
-    mixed, lam = text_aware_mix(images, scores, max(1, n // 2), len(images))
-    maps = [evaluation.overlay(image, score.view(n, n)) for image, score in zip(images, scores)]
+    texts = [sample.captions(lines=True)[0] for sample in samples]
+    images, maps, mixed, lam = mix_samples(model, tokenizer, samples, texts, cfg, device)
     cells = []
     for i, text in enumerate(texts):
         j = len(texts) - 1 - i
@@ -989,6 +981,25 @@ def mixing_cells(model, tokenizer, samples, cfg, device):
             (None, f"{lam:.2f}: {text}    {1 - lam:.2f}: {texts[j]}", None),
         ]
     return cells
+
+
+@torch.no_grad()
+def mix_samples(model, tokenizer, samples, texts, cfg, device):
+    """-> images, their score maps drawn over them, mixed images, lambda; windows of half a side."""
+    import eval as evaluation
+    rows = []
+    for sample, text in zip(samples, texts):
+        tokens, valid = tokenizer.pad(text, cfg.context)
+        rows.append({"images": model.held_out_view(sample.image()), "tokens": tokens,
+                     "valid": valid})
+    batch = data.stack(rows)
+    encoded = model.encode(*[batch[name].to(device) for name in ("images", "tokens", "valid")])
+    scores = model.patch_scores(encoded).float().cpu()
+    n = model.vision.grid
+    images = batch["images"]
+    mixed, lam = text_aware_mix(images, scores, max(1, n // 2), len(images))
+    maps = [evaluation.overlay(image, score.view(n, n)) for image, score in zip(images, scores)]
+    return images, maps, mixed, lam
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ def losses_apart(model, documents, cfg):
     return terms
 
 
-# ---- documents on disk: data.Sample.document has LCL's rules ----
+# ---- documents on disk: data.Sample.document has LCL's rules for MMC4 ----
 
 def png(shade):
     raw = io.BytesIO()

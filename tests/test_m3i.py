@@ -81,7 +81,7 @@ def make_batch(n=B):
 
 def make_mask(model, n=B):
     noise = torch.rand(n, model.n_units, generator=torch.Generator().manual_seed(1))
-    return m3i.random_mask(noise, 1, model.n_a)
+    return m3i.random_mask(noise, 1, model.units_of_a)
 
 
 def objective(model, batch=None, mask=None, encode=None, **changes):
@@ -253,23 +253,27 @@ def test_a_third_of_the_color_circle_turns_red_into_green():
 
 # ---- rows, masks, mixtures ----
 
-def test_a_row_may_have_a_caption_a_class_or_both():
+def test_a_row_may_have_a_caption_a_class_both_or_with_image_terms_neither():
     raw = io.BytesIO()
     Image.new("RGB", (30, 20)).save(raw, "JPEG")
 
-    def row(**members):
+    def row(cfg=config(), **members):
         sample = data.Sample("key", {"jpg": raw.getvalue(), **members})
-        return m3i.example(sample, np.random.default_rng(0), config(), data.Tokenizer())
+        return m3i.example(sample, np.random.default_rng(0), cfg, data.Tokenizer())
 
     found = [row(txt=b"red"), row(cls=b"3"), row(txt=b"red", cls=b"3"),
-             row(json=b'{"caption": ["red"]}', cls=b"5")]
+             row(json=b'{"caption": ["red"]}', cls=b"5"), row(cls=b"5"), row(json=b"{}")]
     kinds = [(bool(r["has_text"]), int(r["label"])) for r in found]
-    assert kinds == [(True, -1), (False, 3), (True, 3), (True, -1)]
+    assert kinds == [(True, -1), (False, 3), (True, 3), (True, -1), (False, -1), (False, -1)]
     assert np.array_equal(found[0]["tokens"], found[3]["tokens"])
     assert found[1]["valid"].any()  # a mean over no token would not be finite
     for members in ({"cls": b"5"}, {"json": b"{}"}):
+        for term in ("intra", "inter"):
+            assert row(config(**only(term)), **members)["label"] == -1
+        with pytest.raises(data.Skip, match="no caption"):
+            row(config(w_intra=0.0, w_inter=0.0), **members)
         with pytest.raises(data.Skip, match="no class"):
-            row(**members)
+            row(config(**only("class")), **members)
 
 
 @pytest.mark.parametrize("unit, keep, count", [
@@ -278,7 +282,7 @@ def test_a_mask_has_equally_many_patches_in_each_row_in_whole_units(unit, keep, 
     model = M3I(config(image_size=56, mask_unit=unit, keep=keep))
     assert (model.n_a, model.n_b) == (count, 196 - count)
     noise = torch.rand(500, model.n_units, generator=torch.Generator().manual_seed(0))
-    mask = m3i.random_mask(noise, unit, model.n_a)
+    mask = m3i.random_mask(noise, unit, model.units_of_a)
     assert mask.sum(1).eq(count).all()
     units = mask.view(500, 14 // unit, unit, 14 // unit, unit).float().mean((2, 4))
     assert ((units == 0) | (units == 1)).all()

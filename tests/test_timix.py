@@ -81,11 +81,11 @@ def make_noise(n=B):
                        torch.rand(n, N, generator=g))
 
 
-def objective(model, batch=None, ramp=0.5, mixing=True, **changes):
+def objective(model, batch=None, progress=0.5, mixing=True, **changes):
     """loss, terms of a step on one rank."""
     batch = make_batch() if batch is None else batch
     noise = make_noise(len(batch["images"]))
-    return timix.losses(model, batch, noise, seeded(), config(**changes), ramp, mixing)
+    return timix.losses(model, batch, noise, seeded(), config(**changes), progress, mixing)
 
 
 def values(terms):
@@ -504,13 +504,13 @@ class Reference:
         return (image_loss + text_loss) / 2
 
 
-@pytest.mark.parametrize("ramp", [0.0, 0.5, 1.0])
-def test_all_terms_and_their_weighted_sum_are_those_of_a_reference_row_by_row(ramp):
+@pytest.mark.parametrize("progress", [0.0, 0.5, 1.0])
+def test_all_terms_and_their_weighted_sum_are_those_of_a_reference_row_by_row(progress):
     model = make_model()
     weights = dict(w_itc=0.7, w_itm=2.0, w_mlm=0.5, w_pta=0.3, w_mix=1.5)
-    loss, terms = objective(model, ramp=ramp, **weights)
-    reference = Reference(model, make_batch(), make_noise(), 0.4 * ramp)
-    weights["w_mix"] *= ramp
+    loss, terms = objective(model, progress=progress, **weights)
+    reference = Reference(model, make_batch(), make_noise(), 0.4 * progress)
+    weights["w_mix"] *= progress
     expected_loss = 0
     for name in ("itc", "itm", "mlm", "pta", "mix"):
         expected = getattr(reference, name)()
@@ -954,16 +954,17 @@ def test_a_run_raises_its_weights_stops_mixing_and_averages_before_the_teacher_i
     steps = []
     losses = timix.losses
 
-    def record(model, batch, noise, generator, cfg, ramp, mixing):
+    def record(model, batch, noise, generator, cfg, progress, mixing):
         student = model.fusion_norm.bias.detach().clone()
         teacher = model.teacher.fusion_norm.bias.clone()
-        steps.append((ramp, mixing, student, teacher))
-        return losses(model, batch, noise, generator, cfg, ramp, mixing)
+        steps.append((progress, mixing, student, teacher))
+        return losses(model, batch, noise, generator, cfg, progress, mixing)
 
     monkeypatch.setattr(timix, "losses", record)
     weights = dict(w_itm=2.0, w_mlm=0.5, w_pta=0.7)
     rows, _, _ = run(timix.main, replace(cfg, ramp=0.4, mix_until=0.5, w_mix=0.3, **weights))
-    assert [ramp for ramp, *_ in steps] == pytest.approx([min(1, k / 4) for k in range(10)])
+    assert [progress for progress, *_ in steps] == pytest.approx(
+        [min(1, k / 4) for k in range(10)])
     assert [mixing for _, mixing, *_ in steps] == [k < 5 for k in range(10)]
     for k, row in enumerate(rows):
         expected = row["itc"] + sum(weight * row[name[2:]] for name, weight in weights.items())
