@@ -2,7 +2,7 @@
 
     python data.py make                                  # write the toy data under runs/
     python data.py index 'cc3m/{00000..00331}.tar'       # count shards and samples
-    python data.py check '../shared/data/pairs/*.tar'    # list what is wrong, exit 1 if anything is
+    python data.py check cc3m/                           # list what is wrong, exit 1 if anything is
     python data.py vocab 'cc3m/*.tar' --size 32000 --out vocab.json
     python data.py convert captions_train2017.json --from captions --images train2017 --out coco
     python data.py filter 'cc3m/*.tar' --against 'coco/test-*.tar' --out runs/filtered

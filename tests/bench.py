@@ -12,8 +12,6 @@ Times are medians of repeats, after one that does not count. Memory is what was 
 without what was there before. A step is one of a script's own main(), at demo size, on its first
 batch again and again. Everything but --gpu runs on the CPU.
 
-@BENCH@
-
 Reading order: run_steps (how a script's steps are measured), the subjects, main.
 """
 import argparse
