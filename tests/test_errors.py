@@ -1,6 +1,5 @@
 """A mistake that a user is likely to make ends with one line: what, value, remedy."""
 import gzip
-import io
 import os
 import shutil
 import tarfile
@@ -75,9 +74,7 @@ def test_shards_without_a_readable_image_are_said(cfg, tmp_path):
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         for i in range(40):
             for suffix, raw in [("jpg", b"no image"), ("txt", b"a caption")]:
-                info = tarfile.TarInfo(f"{i:04d}.{suffix}")
-                info.size = len(raw)
-                tar.addfile(info, io.BytesIO(raw))
+                data.add(tar, f"{i:04d}.{suffix}", raw)
     line = refused(align.main, replace(cfg, data=[f"{tmp_path}/x.tar"]))
     says(line, "none of the 40 samples", "data.py check")
 

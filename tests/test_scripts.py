@@ -279,9 +279,7 @@ def test_skipped_samples_are_counted_over_all_ranks(run_on_ranks, toy_data, tmp_
         for i in range(40):
             text = b" " if i in (3, 21) else b"a red square"
             for suffix, raw in [("jpg", picture.getvalue()), ("txt", text)]:
-                info = tarfile.TarInfo(f"{i:04d}.{suffix}")
-                info.size = len(raw)
-                tar.addfile(info, io.BytesIO(raw))
+                data.add(tar, f"{i:04d}.{suffix}", raw)
     cfg = tiny_config("align", toy_data, tmp_path / "1", data=[f"{tmp_path}/x.tar"], batch=20,
                       steps=2)
     alone, _, _ = run(main_of("align"), cfg)
