@@ -86,7 +86,7 @@ class Config:
 DEMO = dict(
     image_size=48, patch=8, dim=128, depth=3, heads=4, resize=1.0, flip=False,
     text_dim=64, text_depth=2, text_heads=2, context=16, vocab_size=512, temperature=0.07,
-    batch=128, steps=640, lr=3e-3, warmup=40, save_every=100,
+    batch=128, steps=500, lr=3e-3, warmup=40, save_every=100,
 )
 
 
@@ -219,7 +219,7 @@ def example(sample, rng, cfg, tokenizer):
 def main(cfg):
     """Train, evaluate, draw. Returns the metrics of the last evaluation."""
     device = common.init_distributed()
-    common.check_batch(cfg.batch, cfg.micro)
+    common.check_batch(cfg.batch)
     cfg = data.use_toy_data(cfg)
     if cfg.eval_every >= 0:
         import eval as evaluation

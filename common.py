@@ -16,11 +16,11 @@ import inspect
 import json
 import math
 import os
+import pathlib
 import re
 import shutil
 import signal
 import sys
-import threading
 import time
 import zipfile
 from datetime import timedelta
@@ -71,23 +71,6 @@ def merge_heads(x):
     return x.transpose(1, 2).flatten(2)
 
 
-class KVCache:
-    """Keys and values of all earlier tokens of one attention layer, for generation."""
-
-    def __init__(self):
-        self.keys = None
-        self.values = None
-
-    def append(self, keys, values):
-        """Add those of new tokens, (B, H, L, D/H) each; -> all keys, all values."""
-        if self.keys is not None:
-            keys = torch.cat([self.keys, keys], 2)
-            values = torch.cat([self.values, values], 2)
-        self.keys = keys
-        self.values = values
-        return keys, values
-
-
 class Attention(nn.Module):
     """Multi-head self-attention under timm's names: the rows of qkv are all of q, then k, then v.
 
@@ -104,16 +87,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x, mask=None, causal=False, kv_cache=None):  # x (B, L, D)
+    def forward(self, x, mask=None, causal=False):  # x (B, L, D)
         q, k, v = self.qkv(x).chunk(3, dim=2)
         q = split_heads(q, self.heads)
         k = split_heads(k, self.heads)
         v = split_heads(v, self.heads)
-        if kv_cache is not None:
-            k, v = kv_cache.append(k, v)
-            if causal and q.shape[2] < k.shape[2]:
-                assert q.shape[2] == 1, "after the first call, one token at a time"
-                causal = False  # the newest token sees all
         return self.proj(merge_heads(attention(q, k, v, mask, causal)))
 
 
@@ -137,8 +115,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(mlp_ratio * dim))
 
-    def forward(self, x, mask=None, causal=False, kv_cache=None):  # x (B, L, D)
-        x = x + self.attn(self.norm1(x), mask, causal, kv_cache)
+    def forward(self, x, mask=None, causal=False):  # x (B, L, D)
+        x = x + self.attn(self.norm1(x), mask, causal)
         return x + self.mlp(self.norm2(x))
 
 
@@ -152,14 +130,12 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(context_dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def keys_values(self, context):
-        """(B, N, context_dim) -> keys, values (B, H, N, D/H): made once for a whole generation."""
+    def forward(self, x, context):  # x (B, L, D), context (B, N, context_dim)
         k, v = self.kv(context).chunk(2, dim=2)
-        return split_heads(k, self.heads), split_heads(v, self.heads)
-
-    def forward(self, x, image_kv):  # x (B, L, D)
-        k, v = image_kv
-        return self.proj(merge_heads(attention(split_heads(self.q(x), self.heads), k, v)))
+        q = split_heads(self.q(x), self.heads)
+        k = split_heads(k, self.heads)
+        v = split_heads(v, self.heads)
+        return self.proj(merge_heads(attention(q, k, v)))
 
 
 class CrossBlock(nn.Module):
@@ -174,12 +150,9 @@ class CrossBlock(nn.Module):
         self.cross = CrossAttention(dim, context_dim, heads)
         self.mlp = Mlp(dim, 4 * dim)
 
-    def forward(self, x, context=None, mask=None, causal=False, image_kv=None, kv_cache=None):
-        """x (B, L, D); context (B, N, context_dim), or image_kv = cross.keys_values(context)."""
-        if image_kv is None:
-            image_kv = self.cross.keys_values(context)
-        x = x + self.attn(self.norm1(x), mask, causal, kv_cache)
-        x = x + self.cross(self.norm2(x), image_kv)
+    def forward(self, x, context, mask=None, causal=False):  # x (B, L, D)
+        x = x + self.attn(self.norm1(x), mask, causal)
+        x = x + self.cross(self.norm2(x), context)
         return x + self.mlp(self.norm3(x))
 
 
@@ -205,8 +178,7 @@ def init_weights(module):
 
 def sincos_positions(grid, dim):
     """Fixed 2-D positions (grid * grid, dim): half for the column, half for the row (MAE)."""
-    if dim % 4:
-        raise UserError(f"a width of {dim} is no multiple of 4, as sine-cosine positions need")
+    assert dim % 4 == 0, f"a width of {dim} is no multiple of 4, as sine-cosine positions need"
     omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
     angle = torch.arange(grid, dtype=torch.float64)[:, None] * omega  # (grid, dim/4)
     table = torch.cat([angle.sin(), angle.cos()], 1)  # (grid, dim/2)
@@ -277,21 +249,22 @@ class ViT(nn.Module):
             x = torch.cat([cls.to(x.dtype), x], 1)
         return x
 
-    def forward(self, images, ids_keep=None):
-        """Tokens (B, [1+]N, D) after the final norm. ids_keep (B, K): only these patches enter."""
-        return self.blocks_from(self.embed(images, ids_keep), 0)
+    def forward(self, images, ids_keep=None, mask=None):
+        """Tokens (B, [1+]N, D) after the final norm. ids_keep (B, K): only these patches enter.
+        mask: which tokens attend to which, as in attention()."""
+        return self.blocks_from(self.embed(images, ids_keep), 0, mask)
 
     def blocks_until(self, images, k):
         """Tokens (B, [1+]N, D) after the first k blocks, before any final norm."""
         return run_blocks(self.blocks[:k], self.embed(images), grad_checkpoint=self.grad_checkpoint)
 
-    def blocks_from(self, x, k):
+    def blocks_from(self, x, k, mask=None):
         """The other blocks and the final norm, for x = blocks_until(images, k)."""
-        return self.norm(run_blocks(self.blocks[k:], x, grad_checkpoint=self.grad_checkpoint))
+        return self.norm(run_blocks(self.blocks[k:], x, mask, grad_checkpoint=self.grad_checkpoint))
 
-    def patch_tokens(self, images):
+    def patch_tokens(self, images, mask=None):
         """(B, 3, S, S) -> (B, N, D) after the final norm, without the class token."""
-        return self(images)[:, -self.grid**2:]
+        return self(images, mask=mask)[:, -self.grid**2:]
 
 
 class TextTransformer(nn.Module):
@@ -316,13 +289,6 @@ class TextTransformer(nn.Module):
         x = self.token_embed(tokens) + self.pos_embed[:tokens.shape[1]]
         mask = None if self.causal else valid[:, None, None, :]
         x = run_blocks(self.blocks, x, mask, self.causal, grad_checkpoint=self.grad_checkpoint)
-        return self.norm(x)
-
-    def forward_cached(self, tokens, start, kv_caches):
-        """Causal only: tokens (B, L) at positions start, start + 1, ... -> (B, L, D)."""
-        x = self.token_embed(tokens) + self.pos_embed[start:start + tokens.shape[1]]
-        for block, kv_cache in zip(self.blocks, kv_caches):
-            x = block(x, causal=True, kv_cache=kv_cache)
         return self.norm(x)
 
 
@@ -499,18 +465,15 @@ def average_gradients(parameters):
         grad.copy_(mean.view_as(grad))
 
 
-def check_batch(batch, micro=0, group=0):
-    """Does the global batch divide into ranks, and a rank's rows into --micro and --group?"""
+def check_batch(batch, group=None):
+    """Does the global batch divide into ranks, and a rank's rows into --group?"""
     ranks = world_size()
     if batch % ranks:
         remedy = math.ceil(batch / ranks) * ranks
         raise UserError(f"--batch {batch} is the global batch and does not divide into {ranks} "
                         f"ranks: try {remedy}")
     rows = batch // ranks
-    if micro and rows % micro:
-        raise UserError(f"--micro {micro} does not divide the {rows} rows of a rank: "
-                        f"try {math.gcd(micro, rows)}")
-    if group and (group % 2 or rows % group):
+    if group is not None and (group < 2 or group % 2 or rows % group):
         raise UserError(f"--group {group} must be even and divide the {rows} rows of a rank: "
                         f"try {max(2, math.gcd(group, rows))}")
 
@@ -551,20 +514,16 @@ def generator(stream, *key):
     return torch.Generator().manual_seed(int(rng(stream, *key).integers(2**63)))
 
 
-def batch_noise(seed, step, batch, *shape):
+def batch_noise(seed, step, batch, *shape, device=torch.device("cpu")):
     """Uniform noise (B, *shape) for this rank's rows of a step.
 
     Drawn for the whole global batch, so that a row keeps its noise on any number of ranks.
     """
     noise = torch.rand(batch, *shape, generator=generator(Stream.BATCH, seed, step))
-    return noise.chunk(world_size())[rank()]
-
-
-def to_device(x, device):
-    """A CPU tensor to the device. From pinned memory: else the host would wait for the device."""
+    noise = noise.chunk(world_size())[rank()]
     if device.type == "cuda":
-        x = x.pin_memory()
-    return x.to(device, non_blocking=True)
+        noise = noise.pin_memory()  # else the host would wait for the device
+    return noise.to(device, non_blocking=True)
 
 
 def partner(x, group):
@@ -636,6 +595,8 @@ def parse(Config, DEMO, doc="", argv=None):
         options = {"default": argparse.SUPPRESS, "help": f"{text} [{default}]"}
         if field.type is bool:
             options["action"] = argparse.BooleanOptionalAction
+        elif field.name == "size":
+            options["choices"] = SIZES
         elif field.type is list:
             options["nargs"] = "+"
             options["metavar"] = "PATH"
@@ -646,7 +607,8 @@ def parse(Config, DEMO, doc="", argv=None):
 
     given = vars(parser.parse_args(argv))
     if "size" in given:
-        given = {**sizes_of(given["size"]), **given}
+        dim, depth, heads = SIZES[given["size"]]
+        given = {"dim": dim, "depth": depth, "heads": heads, **given}
     training_data = set(data_fields(Config)) - {"val"}
     values = given if training_data & given.keys() else {**DEMO, **given}
     if values.get("init"):
@@ -657,26 +619,24 @@ def parse(Config, DEMO, doc="", argv=None):
     return cfg
 
 
-def sizes_of(size):
-    if size not in SIZES:
-        raise UserError(f"--size {size}: choose one of {' '.join(SIZES)}")
-    return dict(zip(("dim", "depth", "heads"), SIZES[size]))
-
-
 def data_fields(Config):
     """Names of the fields that hold paths of shards: those of type list."""
     return [field.name for field in dataclasses.fields(Config) if field.type is list]
 
 
 def check_values(cfg):
-    """Numbers are not negative, sizes at least 1, scales positive."""
+    """Numbers are not negative, sizes at least 1, scales positive, shares at most 1."""
     at_least = {"eval_every": -1, "context": 3, "scale": 1e-3, "temperature": 1e-6}
     for name in ("batch steps image_size patch dim depth heads text_dim text_heads vocab_size "
                  "save_every log_every").split():
         at_least[name] = 1
     for name, value in dataclasses.asdict(cfg).items():
-        if isinstance(value, (int, float)) and not value >= at_least.get(name, 0):
+        if not isinstance(value, (int, float)):
+            continue
+        if not value >= at_least.get(name, 0):
             raise UserError(f"{flag(name)} {value}: at least {at_least.get(name, 0)} is needed")
+        if name.endswith(("scale", "share", "ratio")) and value > 1:
+            raise UserError(f"{flag(name)} {value}: at most 1 is possible")
 
 
 def run(main, Config, DEMO, doc):
@@ -704,17 +664,14 @@ def run_command(command):
         if getattr(sys, name) is None:  # closed by the shell
             setattr(sys, name, open(os.devnull, "w"))
         getattr(sys, name).reconfigure(errors="backslashreplace")  # what a terminal cannot print
-    code = 0
+    line = None
     try:
         try:
             command()
         finally:
             sys.stdout.flush()
     except UserError as error:
-        if rank() > 0:  # rank 0 says it, and its end ends the others
-            time.sleep(2)
-        print(f"error: {printable(error)}", file=sys.stderr, flush=True)
-        code = 2
+        line = printable(error)
     except RuntimeError as error:
         if str(error).startswith("DataLoader worker"):
             line = f"{one_line(error)}: fewer --workers need less memory"
@@ -722,15 +679,15 @@ def run_command(command):
             line = f"rank {rank()} has lost another rank: torchrun names the first that failed"
         else:
             raise
-        print(f"error: {line}", file=sys.stderr, flush=True)
-        code = 2
     except BrokenPipeError:  # | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        code = 130
+    if line is not None:
+        if rank() > 0:  # rank 0 says it, and its end ends the others
+            time.sleep(2)
+        print(f"error: {line}", file=sys.stderr, flush=True)
     if dist.is_initialized():
         dist.destroy_process_group()
-    sys.exit(code)
+    sys.exit(0 if line is None else 2)
 
 
 # ---- checkpoints: tensors, numbers and strings; never a pickle of our own classes ----
@@ -799,31 +756,31 @@ def save(cfg, model, optimizer, step, vocab):
         "mean": model.vision.mean.flatten().tolist(),
         "std": model.vision.std.flatten().tolist(),
     }
-    path = os.path.join(cfg.out, "last.pt")
-    on_main_process(functools.partial(write_checkpoint, state, path))
+    path = pathlib.Path(cfg.out, "last.pt")
+    new_path = pathlib.Path(cfg.out, "last.pt.tmp")
 
+    def write():
+        try:
+            with open(new_path, "wb") as f:
+                torch.save(state, f)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(new_path, path)
+        except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
+            new_path.unlink(missing_ok=True)
+            raise UserError(f"{path} of step {step} could not be written ({one_line(error)}): "
+                            "make room; the same command goes on from the checkpoint before")
 
-def write_checkpoint(state, path):
-    try:
-        with open(path + ".tmp", "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(path + ".tmp", path)
-    except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
-        if os.path.exists(path + ".tmp"):
-            os.remove(path + ".tmp")
-        raise UserError(f"{path} of step {state['step']} could not be written ({one_line(error)}): "
-                        "make room; the same command goes on from the checkpoint before")
+    on_main_process(write)
 
 
 def resume_from(cfg, model, optimizer):
     """Load out/last.pt, else --init, else nothing; -> step to start from, vocabulary or None."""
-    path = os.path.join(cfg.out, "last.pt")
+    path = pathlib.Path(cfg.out, "last.pt")
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun
     if cfg.fresh and not restarted:
-        on_main_process(functools.partial(remove_if_there, path))
-    if not os.path.exists(path):
+        on_main_process(functools.partial(path.unlink, missing_ok=True))
+    if not path.exists():
         if not cfg.init:
             return 0, None
         import eval as evaluation
@@ -836,11 +793,6 @@ def resume_from(cfg, model, optimizer):
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     return state["step"], state["vocab"]
-
-
-def remove_if_there(path):
-    if os.path.exists(path):
-        os.remove(path)
 
 
 def check_same_run(cfg, state):
@@ -858,35 +810,24 @@ def check_same_run(cfg, state):
                         "repeat them, choose another --out, or --fresh")
 
 
-def script_hash(model):
-    """Hash of the source file that defines the model."""
-    with open(inspect.getsourcefile(type(model)), "rb") as f:
-        return hashlib.sha256(f.read()).hexdigest()[:16]
-
-
 def write_config(cfg, model, start_step):
     """out/config.json when a run begins; later only a warning if the script has changed since."""
-    path = os.path.join(cfg.out, "config.json")
-    current = script_hash(model)
-    if start_step and os.path.exists(path):
-        with open(path) as f:
-            if json.load(f).get("script_hash") != current:
-                print0("warning: the script has changed since this run began, and the weights in "
-                       f"{cfg.out} are of the older code: --fresh starts anew")
-        return
-    with open(path, "w") as f:
-        json.dump({**dataclasses.asdict(cfg), "script_hash": current}, f, indent=1)
+    with open(inspect.getsourcefile(type(model)), "rb") as f:
+        script_hash = hashlib.sha256(f.read()).hexdigest()
+    path = pathlib.Path(cfg.out, "config.json")
+    if not start_step or not path.exists():
+        config = {**dataclasses.asdict(cfg), "script_hash": script_hash}
+        path.write_text(json.dumps(config, indent=1))
+    elif json.loads(path.read_text())["script_hash"] != script_hash:
+        print0("warning: the script has changed since this run began, and the weights in "
+               f"{cfg.out} are of the older code: --fresh starts anew")
 
 
 def print_summary(cfg, device, model, sources, start_step, max_lr):
     """The lines that a run opens with. sources: training sets with .index and .order, or None."""
-    name = f"CPU, {torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    precision = "bf16" if autocast(cfg.precision, device)._enabled else "fp32"
-    print0(f"{cfg.method}: {millions:.1f} M parameters, {world_size()} rank(s) on {name}, "
-           f"{precision}")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    print0(f"{cfg.method}: {millions:.1f} M parameters, {world_size()} rank(s) on {name}")
     for source in sources:
         if source is None:
             continue
@@ -930,15 +871,15 @@ class Log:
         """reasons: why samples are skipped, in the order of batch["skipped"]; unreadable: which of
         them count towards the tenth."""
         self.cfg = cfg
-        self.reasons = reasons
-        self.unreadable = unreadable
+        self.start_step = start_step
+        self.saved_step = start_step  # of the last checkpoint, 0 = none
         self.path = os.path.join(cfg.out, "log.jsonl")
         self.stop = False  # all ranks have agreed to stop
         self.signalled = False  # this rank got a signal
-        self.saved_step = start_step  # of the last checkpoint, 0 = none
+        self.reasons = reasons
+        self.is_unreadable = torch.tensor([reason in unreadable for reason in reasons])
         self.skipped = torch.zeros(len(reasons), dtype=torch.long)  # since the last line
         self.total_skipped = torch.zeros_like(self.skipped)  # of all ranks, in this start
-        self.start_step = start_step
         self.data_wait = 0.0  # seconds, since the last line
         self.last_step = start_step
         self.last_time = time.perf_counter()
@@ -949,9 +890,8 @@ class Log:
         if rank() == 0:
             cut_log(self.path, start_step)
         self.handlers = {}
-        if threading.current_thread() is threading.main_thread():  # others cannot have handlers
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-                self.handlers[number] = signal.signal(number, self.on_signal)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            self.handlers[number] = signal.signal(number, self.on_signal)
 
     def on_signal(self, number, frame):
         self.signalled = True
@@ -981,7 +921,7 @@ class Log:
         """One line of JSON, in which what is not finite is null; the bar, or a line of text."""
         now = time.perf_counter()
         seconds = now - self.last_time
-        row = {"step": step, "samples": (step + 1) * self.cfg.batch}
+        row = {"step": step}
         for name, value in values.items():
             row[name] = value if math.isfinite(value) else None
         row["lr"] = lr
@@ -998,39 +938,36 @@ class Log:
             try:
                 with open(self.path, "a") as f:
                     f.write(json.dumps(row) + "\n")
-            except OSError as error:
+            except OSError as error:  # a full disk; save() says more
                 print0(f"warning: {self.path} was not written ({error.strerror})")
         self.data_wait = 0.0
         self.last_step = step + 1
         self.last_time = now
 
     def check(self, step, values):
+        problem = None
         n_samples = (step + 1 - self.start_step) * self.cfg.batch
-        n_unreadable = 0
-        for reason, n in zip(self.reasons, self.total_skipped.tolist()):
-            if reason in self.unreadable:
-                n_unreadable += n
+        n_unreadable = int(self.total_skipped[self.is_unreadable].sum())
         if n_samples >= 1000 and n_unreadable > 0.1 * n_samples:
-            self.close()
-            raise UserError(f"{n_unreadable} of {n_samples} samples could not be read: "
-                            "python data.py check names them")
+            problem = (f"{n_unreadable} of {n_samples} samples could not be read: "
+                       "python data.py check names them")
         if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
             checkpoint = "none"
             if self.saved_step:
                 checkpoint = f"{self.cfg.out}/last.pt of step {self.saved_step}"
+            problem = (f"loss {values['loss']}, gradient norm {values['grad_norm']} at step "
+                       f"{step}: try a lower --lr; last checkpoint: {checkpoint}")
+        if problem is not None:
             self.close()
-            raise UserError(f"loss {values['loss']}, gradient norm {values['grad_norm']} at step "
-                            f"{step}: try a lower --lr; last checkpoint: {checkpoint}")
+            raise UserError(problem)
 
     def close(self):
         """End the bar, give the signals back, say what was skipped and how to go on."""
         self.bar.close()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        skips = []
-        for reason, n in zip(self.reasons, self.total_skipped.tolist()):
-            if n:
-                skips.append(f"{n} {reason}")
+        counts = zip(self.total_skipped.tolist(), self.reasons)
+        skips = [f"{n} {reason}" for n, reason in counts if n]
         if skips:
             print0(f"samples skipped or mended: {', '.join(skips)}")
         if self.stop:
@@ -1038,16 +975,13 @@ class Log:
 
 
 def cut_log(path, start_step):
-    """Drop the lines from start_step on, which are run again, and broken ones."""
-    lines = []
+    """Drop the lines from start_step on, which are run again; the last may be cut short."""
+    kept = []
     if start_step and os.path.exists(path):
-        with open(path, errors="replace") as f:
-            lines = f.readlines()
-    with open(path + ".tmp", "w") as f:
-        for line in lines:
-            try:
-                if json.loads(line)["step"] < start_step:
-                    f.write(line)
-            except (ValueError, KeyError, TypeError):
-                continue
-    os.replace(path + ".tmp", path)
+        with open(path) as f:
+            for line in f:
+                if not line.endswith("\n") or json.loads(line)["step"] >= start_step:
+                    break
+                kept.append(line)
+    with open(path, "w") as f:
+        f.writelines(kept)

@@ -42,7 +42,6 @@ import tempfile
 import time
 import typing
 import warnings
-import zipfile
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 
@@ -87,10 +86,7 @@ def expand_braces(pattern):
     if names is not None:
         choices = names.split(",")
     else:
-        width = 0
-        for end in (first, last):
-            if len(end) > 1 and end.startswith("0"):
-                width = max(len(first), len(last))
+        width = len(first) if first.startswith("0") else 0
         step = 1 if int(first) <= int(last) else -1
         choices = [f"{i:0{width}d}" for i in range(int(first), int(last) + step, step)]
     before = pattern[:match.start()]
@@ -114,7 +110,7 @@ def part_of(name):
 
 
 def shards_in(folder, split):
-    """The tar files of a folder and of its train/, val/, test/ that belong to `split`.
+    """The tar files of a folder and of its train/, val/, test/ that belong to `split`; None: all.
 
     Words in the names tell the parts apart (PARTS_OF_DATA). Without any such word, all files are in
     both parts; where only some names have one, UserError.
@@ -123,6 +119,8 @@ def shards_in(folder, split):
     for path in sorted(glob.glob(f"{glob.escape(folder)}/*/*.tar")):
         if part_of(os.path.basename(os.path.dirname(path))):
             paths.append(path)
+    if split is None:
+        return paths
     parts = {path: part_of(os.path.relpath(path, folder)) for path in paths}
     if not any(parts.values()):
         return paths
@@ -134,10 +132,10 @@ def shards_in(folder, split):
 
 
 def expand(patterns, split="train"):
-    """Patterns -> paths of existing tar files, each file once.
+    """Patterns -> paths of existing tar files, each file once. UserError without a match.
 
-    patterns: a string or a list, with :: between sources, braces, globs and folders; of a folder
-    the training part is taken, or the held-out part for split="test". UserError without a match.
+    patterns: a string or a list, with :: between sources, braces, globs and folders. split: which
+    part of a folder, "train", "test" (held out) or None (both).
     """
     if isinstance(patterns, str):
         patterns = [patterns]
@@ -151,8 +149,8 @@ def expand(patterns, split="train"):
             else:
                 matches = sorted(glob.glob(name))
             if not matches:
-                expansion = f" (expanded to {name})" if name != pattern else ""
-                raise UserError(f"{pattern}: no such {split} shards{expansion}: "
+                part = f"{split} " if split else ""
+                raise UserError(f"{pattern}: no such {part}shards (expanded to {name}): "
                                 "give tar files, a folder or a glob")
             for path in matches:
                 paths.setdefault(os.path.realpath(path), path)
@@ -171,10 +169,7 @@ def decode_text(raw):
 
 def split_lines(text):
     """Lines end at \\n or \\r\\n alone, not at U+2028 or form feed as in str.splitlines."""
-    lines = text.replace("\r\n", "\n").split("\n")
-    while lines and not lines[-1].strip():
-        lines.pop()
-    return lines
+    return text.replace("\r\n", "\n").rstrip("\n").split("\n")
 
 
 def read_text(path):
@@ -224,9 +219,9 @@ MEMBER = np.dtype(
 MEMBER_ROW = struct.Struct("<qiiqq")
 SAMPLE = np.dtype([("member", "<i8"), ("key", "<i8")])
 SAMPLE_ROW = struct.Struct("<qq")
-MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 # what may be odd about an archive
+COMPRESSED = "compressed, which rules out random access: unpack it (gzip -d, zstd -d, ...)"
 NOT_TAR = "not a tar"
 CUT = "cut short or damaged: what lies before is used"
 JOINED = "data after the end mark, not used"
@@ -252,11 +247,9 @@ def tar_files(path, notes):
     n_bytes = os.path.getsize(path)
     n_headers = 0
     with open(path, "rb") as f:
-        start = f.read(8)
-        for magic, tool in MAGIC.items():
-            if start.startswith(magic):
-                notes[f"compressed, which rules out random access: unpack it with {tool} -d"] += 1
-                return
+        if f.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
+            notes[COMPRESSED] += 1
+            return
         f.seek(0)
         try:
             with tarfile.open(fileobj=f, mode="r:") as tar:
@@ -284,18 +277,16 @@ def tar_files(path, notes):
 def lost_to_dots(suffixes):
     """How many samples besides this one its files seem to make, if keys had dots in them.
 
-    frame_2024.05.01_0000.txt and frame_2024.05.01_0001.txt have the key frame_2024: a sample has no
-    two texts, records or classes, nor, unless it is a document, two numbered images.
+    frame_2024.05.01_0000.txt and frame_2024.05.01_0001.txt have the key frame_2024. A sample has
+    one text and one class; only documents, which have a json, have numbered images.
     """
     if not any("." in suffix for suffix in suffixes):
         return 0
     kinds = collections.Counter()
     for suffix in suffixes:
         front, _, kind = suffix.rpartition(".")
-        is_numbered = any(c.isdigit() for c in front)
-        if kind in ("txt", "json", "cls"):
-            kinds[kind] += 1
-        elif kind in IMAGES and is_numbered and "json" not in suffixes:
+        is_numbered = "json" not in suffixes and any(c.isdigit() for c in front)
+        if kind in ("txt", "json", "cls") or (kind in IMAGES and is_numbered):
             kinds[kind] += 1
     return max(kinds.values(), default=1) - 1
 
@@ -371,25 +362,20 @@ class Index:
 
     def __init__(self, paths):
         self.paths = [os.path.abspath(p) for p in paths]
-        self.stamps = [self._stamp(p) for p in self.paths]
-        cache = os.environ.get("XDG_CACHE_HOME")
-        if not cache:
-            cache = os.path.expanduser("~/.cache")
+        self.stamps = []  # [size, time] of the shards
+        for path in self.paths:
+            try:
+                with open(path, "rb") as f:
+                    status = os.fstat(f.fileno())
+            except OSError as error:
+                raise UserError(f"shard {path} cannot be read ({error.strerror})") from None
+            self.stamps.append([status.st_size, status.st_mtime_ns])
         name = hashlib.sha256(json.dumps([self.paths, self.stamps]).encode()).hexdigest()[:24]
+        cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
         self.cache = os.path.join(cache, "vlp-index", name)
         if not self._load():
             self._build()
-            if not self._load():
-                raise UserError(f"the index in {self.cache}.* changed while it was written: retry")
-
-    @staticmethod
-    def _stamp(path):
-        try:
-            with open(path, "rb") as f:
-                status = os.fstat(f.fileno())
-        except OSError as error:
-            raise UserError(f"shard {path} cannot be read ({error.strerror})") from None
-        return [status.st_size, status.st_mtime_ns]
+            assert self._load(), f"{self.cache}.* changed while it was written"
 
     def _load(self):
         """Map the cached tables. -> False if they are missing or incomplete."""
@@ -444,10 +430,10 @@ class Index:
                     self.notes[self.paths[shard]] = notes
             n_members = members_file.tell() // MEMBER.itemsize
             samples_file.write(SAMPLE_ROW.pack(n_members, keys_file.tell()))  # the last one's end
+            sizes = [members_file.tell(), samples_file.tell(), keys_file.tell()]
         if starts[-1] == 0:
             line = f"no sample in {len(self.paths)} shard(s), the first is {self.paths[0]}"
             raise UserError("; ".join([line, *self.warnings()[:3]]))
-        sizes = [os.path.getsize(f"{folder}/{name}") for name in ("members", "samples", "keys")]
         with open(f"{folder}/json", "w", encoding="utf-8") as f:
             json.dump({"sizes": sizes, "starts": starts, "suffixes": list(suffixes),
                        "notes": self.notes}, f)
@@ -555,6 +541,10 @@ def orientation(image):
         return 1
 
 
+def upright(image, turn):
+    return image.transpose(UPRIGHT[turn]) if turn in UPRIGHT else image
+
+
 class Sample:
     """One sample, decoded on demand. What is missing or damaged raises Skip with a reason."""
 
@@ -573,6 +563,15 @@ class Sample:
             raise Skip("unreadable json")
         return record
 
+    def _caption_field(self):
+        if self.json.get("caption") is not None:
+            return self.json["caption"]
+        return self.json.get("captions")
+
+    def has_caption(self):
+        """Does it claim to have a caption? captions() says whether it really has."""
+        return "txt" in self.members or self._caption_field() is not None
+
     def captions(self, lines=False):
         """All captions, white space collapsed: KEY.txt, else "caption" or "captions" of the record.
 
@@ -580,27 +579,22 @@ class Sample:
         """
         if "txt" in self.members:
             try:
-                text = decode_text(self.members["txt"])
+                captions = decode_text(self.members["txt"])
             except ValueError:
                 raise Skip("text not UTF-8") from None
-            captions = split_lines(text) if lines else [text]
+            if lines:
+                captions = split_lines(captions)
         else:
             captions = self._caption_field()
-            if isinstance(captions, str):
-                captions = [captions]
-            if not isinstance(captions, list):
-                raise Skip("no caption")
+        if isinstance(captions, str):
+            captions = [captions]
+        if not isinstance(captions, list):
+            raise Skip("no caption")
         captions = [" ".join(c[:MAX_CAPTION].split()) for c in captions if isinstance(c, str)]
         captions = [c for c in captions if c]
         if not captions:
             raise Skip("empty caption")
         return captions
-
-    def _caption_field(self):
-        for name in ("caption", "captions"):
-            if self.json.get(name) is not None:
-                return self.json[name]
-        return None
 
     def caption(self, rng):
         """One caption, drawn where there are several."""
@@ -609,9 +603,8 @@ class Sample:
             return captions[0]
         return captions[int(rng.integers(len(captions)))]
 
-    def has_caption(self):
-        """Does it claim to have a caption? captions() says whether it really has."""
-        return "txt" in self.members or self._caption_field() is not None
+    def has_label(self):
+        return "cls" in self.members
 
     def label(self):
         """The class number in KEY.cls."""
@@ -624,9 +617,6 @@ class Sample:
         if not 0 <= label < 2**31:
             raise Skip("unreadable class")
         return label
-
-    def has_label(self):
-        return "cls" in self.members
 
     def image_bytes(self):
         """The image file; Skip if there is none."""
@@ -659,7 +649,7 @@ class Sample:
                 image = image.convert("RGB")
         except Exception:  # as in open_image
             raise Skip("unreadable image") from None
-        return image.transpose(UPRIGHT[turn]) if turn in UPRIGHT else image
+        return upright(image, turn)
 
     def mask(self):
         """Class numbers of the pixels (H, W), int32, of KEY.seg.png, turned as the image is.
@@ -681,10 +671,14 @@ class Sample:
         if classes.dtype == np.uint8:
             classes[classes == 255] = 0
         mask = Image.fromarray(classes.astype(np.int32))
-        turn = orientation(image)
-        if turn in UPRIGHT:
-            mask = mask.transpose(UPRIGHT[turn])
-        return np.array(mask)
+        return np.array(upright(mask, orientation(image)))
+
+    def box_records(self):
+        """The records of boxes, [] where there are none. Raises Skip."""
+        records = self.json.get("boxes", self.json.get("segments", []))
+        if not isinstance(records, list):
+            raise Skip("no box")
+        return records
 
     def boxes(self, width, height, *fields):
         """[(x, y, w, h, text, *its other `fields`)] in pixels of the upright image, width x height.
@@ -693,14 +687,11 @@ class Sample:
         the image as stored; cut at its edges. What is malformed, outside or without a text is left
         out. Skip if none is left.
         """
-        try:
-            turn = orientation(open_image(self.image_bytes()))
-        except Skip:
-            turn = 1  # image() says what is wrong
+        turn = orientation(open_image(self.image_bytes()))
         if turn >= 5:  # a quarter turn: stored sides are the other way round
             width, height = height, width
         boxes = []
-        for record in self._box_records():
+        for record in self.box_records():
             box = read_box(record, width, height)
             if box is not None:
                 x, y, w, h, text = box
@@ -710,72 +701,38 @@ class Sample:
             raise Skip("no box")
         return boxes
 
-    def _box_records(self):
-        for name in ("boxes", "segments"):
-            if isinstance(self.json.get(name), list):
-                return self.json[name]
-        return []
-
     def is_document(self):
         """Does it claim to be a document? document() says whether it really is."""
-        return "text_list" in self.json or "texts" in self.json
+        return "text_list" in self.json
 
     def document(self, rng, min_size=None, min_similarity=0.24, max_images=6, image_first=0.5):
-        """Sentences (str) and PIL images in reading order. Images that cannot be read are left out.
+        """Sentences (str) and PIL images in reading order, of "text_list" and "image_info" (MMC4).
 
-        "texts" and "images", where one of the two stands at each place (OBELICS), are in order. For
-        "text_list" and "image_info" (MMC4) see _matched. Skip if no image is left.
+        LCL's rules (its released loader): images whose matched_sim is at least min_similarity, or
+        not given; one for a sentence, drawn; the first max_images of them; each before its sentence
+        with probability image_first, else after it. Skip if none of the images can be read.
         """
-        if isinstance(self.json.get("texts"), list) and isinstance(self.json.get("images"), list):
-            segments = self._alternating(min_size, max_images)
-        elif (isinstance(self.json.get("text_list"), list)
-              and isinstance(self.json.get("image_info"), list)):
-            segments = self._matched(rng, min_size, min_similarity, max_images, image_first)
-        else:
+        texts = self.json.get("text_list")
+        info = self.json.get("image_info")
+        if not isinstance(texts, list) or not isinstance(info, list):
             raise Skip("no document")
-        if all(isinstance(segment, str) for segment in segments):
-            raise Skip("no image left")
-        return segments
-
-    def _alternating(self, min_size, max_images):
-        segments = []
-        n_images = 0
-        for text, name in itertools.zip_longest(self.json["texts"], self.json["images"]):
-            if text and isinstance(text, str):
-                segments.append(text)
-            elif isinstance(name, str) and n_images < max_images:
-                n_images += 1
-                image = self._image_or_none(name, min_size)
-                if image is not None:
-                    segments.append(image)
-        return segments
-
-    def _matched(self, rng, min_size, min_similarity, max_images, image_first):
-        """LCL's rules (its released loader): images whose matched_sim is at least min_similarity,
-        or not given; one for a sentence, drawn; the first max_images of them; each before its
-        sentence with probability image_first, else after it."""
-        texts = self.json["text_list"]
-        names = collections.defaultdict(list)  # of the images of each sentence
-        for info in self.json["image_info"]:
-            if not isinstance(info, dict):
-                continue
-            name = info.get("image_name")
-            i = info.get("matched_text_index")
-            similarity = info.get("matched_sim")
-            is_placed = isinstance(i, int) and 0 <= i < len(texts)
-            is_similar = similarity is None
-            if isinstance(similarity, (int, float)):
-                is_similar = similarity >= min_similarity
-            if isinstance(name, str) and is_placed and is_similar:
-                names[i].append(name)
+        suffixes_of = collections.defaultdict(list)  # of the images of each sentence
+        for entry in info:
+            suffix, sentence, similarity = read_entry(entry, len(texts))
+            if suffix is not None and similarity >= min_similarity:
+                suffixes_of[sentence].append(suffix)
         images = {}
-        for i in sorted(names)[:max_images]:
-            name = names[i][int(rng.integers(len(names[i])))]
-            images[i] = self._image_or_none(name, min_size)
+        for sentence in sorted(suffixes_of)[:max_images]:
+            suffixes = suffixes_of[sentence]
+            suffix = suffixes[int(rng.integers(len(suffixes)))]
+            with contextlib.suppress(Skip):
+                images[sentence] = self.image(min_size, suffix)
+        if not images:
+            raise Skip("no image left")
         segments = []
         for i, text in enumerate(texts):
             sentence = [text] if text and isinstance(text, str) else []
-            if images.get(i) is None:
+            if i not in images:
                 segments += sentence
             elif rng.random() < image_first:
                 segments += [images[i], *sentence]
@@ -783,11 +740,20 @@ class Sample:
                 segments += [*sentence, images[i]]
         return segments
 
-    def _image_or_none(self, name, min_size):
-        try:
-            return self.image(min_size, split_name(name)[1])
-        except Skip:
-            return None
+
+def read_entry(entry, n_sentences):
+    """An entry of MMC4's image_info -> suffix of its image (None if malformed), number of its
+    sentence, similarity to it (infinite if not given)."""
+    try:
+        suffix = split_name(entry["image_name"])[1]
+        sentence = entry["matched_text_index"]
+        similarity = entry.get("matched_sim")
+        similarity = math.inf if similarity is None else float(similarity)
+        if isinstance(sentence, int) and 0 <= sentence < n_sentences:
+            return suffix, sentence, similarity
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
+        pass
+    return None, None, None
 
 
 def read_box(record, width, height):
@@ -1247,24 +1213,20 @@ class Tokenizer:
 
 
 def first_captions(index, limit=100_000):
-    """Texts of the first samples, to train a vocabulary. UserError if the first shard has none."""
+    """Texts of the first samples, to train a vocabulary. UserError if there are none."""
     texts = []
-    first_shard = index.starts[index.starts > 0][0]  # its samples; shards may be empty
     for i in range(min(len(index), limit)):
-        try:
+        with contextlib.suppress(Skip):
             sample = index[i]
             if sample.is_document():
-                for name in ("text_list", "texts"):
-                    sentences = sample.json.get(name)
-                    if isinstance(sentences, list):
-                        texts += [text for text in sentences if isinstance(text, str)]
+                sentences = sample.json["text_list"]
+                if isinstance(sentences, list):
+                    texts += [text for text in sentences if isinstance(text, str)]
             else:
                 texts += sample.captions()
-        except Skip:
-            pass
-        if not texts and i + 1 == first_shard:
-            raise UserError(f"no caption in the first shard, {index.paths[0]}: a caption is "
-                            'KEY.txt or "caption" in KEY.json')
+    if not texts:
+        raise UserError(f"no caption in {index.paths[0]} ...: a caption is KEY.txt or "
+                        '"caption" in KEY.json')
     return texts
 
 
@@ -1299,9 +1261,9 @@ def train_tokenizer(cfg, index, names, path):
 
 # ---- toy data: small scenes of simple objects, rich enough to show each method at work ----
 
-TOY_VERSION = 1  # raise it with any change below: folder names depend on it
+TOY_VERSION = 2  # raise it with any change below: folder names depend on it
 SIDE = 64  # of the images, in pixels
-MARGIN = 7  # around the objects: they survive a crop of 8 %
+MARGIN = 4  # around the objects
 COLORS = {"red": (225, 30, 35), "pink": (255, 125, 190), "yellow": (245, 220, 30),
           "green": (35, 165, 50), "cyan": (50, 210, 225), "blue": (40, 70, 235),
           "purple": (145, 45, 190), "white": (250, 250, 250)}  # each goes with "a", not "an"
@@ -1421,13 +1383,17 @@ def stencil(shape, side, texture):
 def layout(rng, n):
     """x, y, side (n,) of n squares that stay apart, centered near nine places.
 
-    Crowded layouts rarely fit, one in 4,000 for n = 4, so 64 are drawn at a time; and small squares
-    prevail in them.
+    Crowded layouts rarely fit, so 64 are drawn at a time; and small squares prevail in them.
     """
+    small = (18, 22)
+    large = (27, 31)
+    if n == 1:
+        small = (22, 24)
+        large = (33, 39)
     while True:
         is_large = rng.integers(0, 2, (64, n))
-        sides = np.where(is_large, rng.integers(27, 32, (64, n)), rng.integers(17, 21, (64, n)))
-        corners = rng.choice((17, 32, 47), (2, 64, n)) - sides // 2  # x, y
+        sides = np.where(is_large, rng.integers(*large, (64, n)), rng.integers(*small, (64, n)))
+        corners = rng.choice((16, 32, 48), (2, 64, n)) - sides // 2  # x, y
         corners = corners.clip(MARGIN, SIDE - MARGIN - sides)
         ends = corners + sides
         # [try, i, j]: square i begins right of the end of square j, or below it
@@ -1442,7 +1408,7 @@ def layout(rng, n):
 def background(rng, name):
     """A gradient, blobs, noise or bars around a color -> RGB image."""
     shape = [(2, 2), (5, 5), (32, 32), (1, 9), (9, 1)][rng.integers(5)]
-    shade = rng.uniform(-22, 22, (*shape, 1)) + rng.uniform(-10, 10, (*shape, 3))
+    shade = rng.uniform(-14, 14, (*shape, 1)) + rng.uniform(-6, 6, (*shape, 3))
     grid = (np.array(BACKGROUNDS[name]) + shade).clip(0, 255).astype(np.uint8)
     resample = Image.NEAREST if 1 in shape else Image.BICUBIC
     return Image.fromarray(grid).resize((SIDE, SIDE), resample)
@@ -1466,11 +1432,11 @@ def make_scene(rng, n_objects=None, pair=None):
 
 def paint(rng, image, mask, color, shape, x, y, side):
     """Draw an object into a square of image and mask. -> Thing"""
-    texture = ("plain", "plain", "striped", "dotted")[rng.integers(4)]
+    texture = ("plain", "plain", "plain", "plain", "striped", "dotted")[rng.integers(6)]
     cover, dark, hard = stencil(shape, side, texture)
-    rgb = (np.array(COLORS[color]) * rng.uniform(0.85, 1.05)).clip(0, 255)
+    rgb = (np.array(COLORS[color]) * rng.uniform(0.9, 1.05)).clip(0, 255)
     image.paste(tuple(rgb.astype(int).tolist()), (x, y), cover)
-    image.paste(tuple((0.6 * rgb).astype(int).tolist()), (x, y), dark)
+    image.paste(tuple((0.7 * rgb).astype(int).tolist()), (x, y), dark)
     mask.paste(1 + SHAPE_NAMES.index(shape), (x, y), hard)
     left, top, right, bottom = hard.getbbox()
     size = "large" if side > 24 else "small"
@@ -1602,13 +1568,13 @@ def other_questions(things, a):
 
 
 def toy_document(rng, key):
-    """The files of a document as MMC4 has them, {suffix: value}: 2 to 4 pictures, one or two
-    sentences about each, among chatter and remarks on the first."""
+    """The files of a document as MMC4 has them, {suffix: value}: 2 or 3 pictures, a sentence about
+    each, perhaps a second, among chatter and remarks on the first."""
     texts = []
     info = []
     images = {}
     first = None  # object of the first picture
-    for i in range(rng.integers(2, 5)):
+    for i in range(rng.integers(2, 4)):
         scene = make_scene(rng)
         about, more = rng.permutation(toy_captions(scene, rng)).tolist()[:2]
         if first is not None and rng.random() < 0.5:
@@ -1619,16 +1585,14 @@ def toy_document(rng, key):
             first = scene.things[0]
         place_of_aside = rng.random()
         place_of_more = rng.random()
-        if place_of_aside < 0.4:
+        if place_of_aside < 0.25:
             texts.append(aside)
-        if place_of_more < 0.25:
-            texts.append(f"Next comes {more}.")
         info.append({"image_name": f"{key}.{i}.jpg", "matched_text_index": len(texts),
-                     "matched_sim": rng.integers(2000, 4000) / 1e4})
+                     "matched_sim": rng.integers(2300, 4000) / 1e4})
         texts.append(f"{about.capitalize()}.")
-        if place_of_more > 0.75:
+        if place_of_more > 0.5:
             texts.append(f"We can see {more}.")
-        if place_of_aside > 0.6:
+        if place_of_aside > 0.75:
             texts.append(aside)
         images[f"{i}.jpg"] = scene.image
     return {"json": {"text_list": texts, "image_info": info}, **images}
@@ -1650,7 +1614,7 @@ def toy_record(stream, number, seed=0, noise=0.0, scenes=20_000):
     if len(scene.things) == 1:
         thing = scene.things[0]
         record["cls"] = PAIRS.index((thing.color, thing.shape))
-    if part == "labels":
+    if part == "labels" and split == "test":
         return record
     captions = toy_captions(scene, rng)
     questions = toy_questions(scene, rng)
@@ -1769,11 +1733,10 @@ def use_toy_data(cfg, **fields):
 
 # ---- converters ----
 #
-# A layout is a function of a Job. Those of annotated images yield (name of an image, what is said
-# about it), which `gather` puts together; documents come as samples already.
+# A converter is a function of a Job that yields (name of an image, what is said about it) for each
+# record; annotated_images puts together what is said about an image. Documents come as samples.
 
-ID = (int, float, str)
-MISSING = "image not found, or found in several places"
+NOT_FOUND = "image not found, or found in several places"
 
 
 class BadRecord(Exception):
@@ -1789,13 +1752,12 @@ class Job:
         self.annotations = annotations  # vqa: paths of the files of answers
         self.classes = []  # their names in order, filled by the converter
         self.counts = collections.Counter()  # of the reasons why something was left out
-        self.places = collections.defaultdict(list)  # the first for each reason
+        self.first = {}  # place for each reason
         self.images = Images(images, self.drop)
 
     def drop(self, reason, place):
         self.counts[reason] += 1
-        if len(self.places[reason]) < 5:
-            self.places[reason].append(printable(place)[:300])
+        self.first.setdefault(reason, printable(place)[:300])
 
     @contextlib.contextmanager
     def record(self, what, row):
@@ -1803,240 +1765,127 @@ class Job:
         try:
             yield
         except BadRecord as reason:
-            place = "?"
-            for name in ("id", "question_id", "image_id", "image", "filename"):
-                if place == "?" and isinstance(row, dict) and name in row:
-                    place = f"{name} {row[name]}"
+            place = row
+            if isinstance(row, dict):
+                names = ("id", "question_id", "image_id", "image_name", "filename")
+                place = ", ".join(f"{name} {row[name]}" for name in names if name in row)
             self.drop(f"{what} with {reason}", place)
-
-    def report(self):
-        lines = []
-        for reason, count in self.counts.most_common():
-            places = ", ".join(self.places[reason])
-            if count > len(self.places[reason]):
-                places += ", ..."
-            lines.append(f"{count:8} dropped: {reason} ({places})")
-        return lines
-
-
-def clean_name(text):
-    """The name of a class as a line of classes.txt has it."""
-    return " ".join(text.split()).encode("utf-8", "replace").decode()
 
 
 def suffix_of(name):
     return os.path.splitext(name)[1][1:].lower()
 
 
-def files_below(folder, drop):
-    """{place below the folder: path} of the files in a folder and in its sub-folders.
-
-    Hidden ones are left out. No folder is read twice, so a link back to one above it ends there;
-    links are followed last, so that a file is found at its own place first.
-    """
-    files = {}
-    visited = set()
-    folders = [""]
-    links = []
-    while folders or links:
-        place = folders.pop(0) if folders else links.pop(0)
-        real = os.path.realpath(os.path.join(folder, place))
-        if real in visited:
-            drop("link to a folder that is read already", place)
-            continue
-        visited.add(real)
-        try:
-            names = sorted(os.listdir(real))
-        except OSError as error:
-            drop(f"folder that cannot be read ({error.strerror})", place)
-            continue
-        for name in names:
-            path = os.path.join(real, name)
-            name = os.path.join(place, name)
-            if is_hidden(name):
-                drop("hidden file or folder", name)
-            elif not os.path.isdir(path):
-                files[name] = path
-            elif os.path.islink(path):
-                links.append(name)
-            else:
-                folders.append(name)
-    return files
-
-
 class Images:
     """The images below a folder.
 
     files: {place below the folder: path}, in which an image and the links to it have one path.
-    others: places of the files that are no images.
     """
 
     def __init__(self, folder, drop):
         self.files = {}
-        self.others = []
         self.paths_of = collections.defaultdict(set)  # of the last part of a place
-        self.url_of = {}  # of a path, where it was found by one
+        paths = []
+        for root, folders, names in os.walk(folder):  # which follows no link to a folder
+            for name in folders + names:
+                path = os.path.join(root, name)
+                if is_hidden(name):
+                    drop("hidden file or folder", path)
+                elif name in folders and os.path.islink(path):
+                    drop("link to a folder", path)
+                elif name in names and suffix_of(name) not in IMAGES:
+                    drop(f"file that is no image: .{suffix_of(name)}", path)
+                elif name in names:
+                    paths.append(path)
+            folders[:] = [name for name in folders if not is_hidden(name)]
         path_of = {}  # of a real path
-        files = files_below(folder, drop)
-        for place in sorted(files, key=lambda place: os.path.islink(files[place])):
-            if suffix_of(place) not in IMAGES:
-                self.others.append(place)
-                continue
-            path = files[place]
-            if os.path.islink(path):
-                path = path_of.setdefault(os.path.realpath(path), path)
-            path_of[path] = path
-            self.files[place] = path
-            self.paths_of[os.path.basename(place)].add(path)
+        for path in sorted(paths, key=lambda path: (os.path.islink(path), path)):
+            place = os.path.relpath(path, folder)
+            self.files[place] = path_of.setdefault(os.path.realpath(path), path)
+            self.paths_of[os.path.basename(path)].add(self.files[place])
 
     def find(self, name):
-        """Path of the image that an annotation calls `name`, a place or a URL; None if unknown.
+        """Path of the image that a record calls `name`; None if unknown.
 
         As much of the end of the name is compared as is known below the folder: ../../x finds only
-        an x inside. If the last part alone is known, it must be that of one image, and of one URL.
+        an x inside. If the last part alone is known, it must be that of one image.
         """
-        parts = name.replace("\\", "/").strip("/").split("/")
+        parts = name.replace("\\", "/").split("/")
         for i in range(len(parts)):
             place = "/".join(parts[i:])
             if place in self.files:
                 return self.files[place]
         paths = list(self.paths_of.get(parts[-1], []))
-        if len(paths) != 1:
-            return None
-        if "://" in name and self.url_of.setdefault(paths[0], name) != name:
-            return None
-        return paths[0]
-
-    def find_any(self, names):
-        """The first of these names that is an image's, else the last."""
-        for name in names:
-            if self.find(name):
-                return name
-        return names[-1]
+        return paths[0] if len(paths) == 1 else None
 
 
-def read_file(path, drop):
-    """Bytes of an image or mask; None, counted, where it cannot be read."""
+def read_bytes(path):
+    """The bytes of an image or mask. Raises BadRecord, for a dead link for example."""
     try:
         with open(path, "rb") as f:
             return f.read()
-    except OSError as error:  # a dead link, for example
-        drop(f"image or mask that cannot be read ({error.strerror})", path)
-        return None
-
-
-def read_json(path):
-    try:
-        return json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error})") from None
-
-
-def has_lists(value, *names):
-    return isinstance(value, dict) and all(isinstance(value.get(name), list) for name in names)
+    except OSError as error:
+        raise BadRecord(f"a file that cannot be read ({error.strerror})") from None
 
 
 def read_lists(path, *names):
     """A JSON file with these lists."""
-    value = read_json(path)
-    if not has_lists(value, *names):
+    try:
+        value = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error})") from None
+    if not isinstance(value, dict) or not all(isinstance(value.get(n), list) for n in names):
         raise UserError(f"{path} does not have the lists {', '.join(names)}: is --from right?")
     return value
 
 
-def field(record, name, kind):
-    """record[name], which must be of this kind. Raises BadRecord."""
-    if not isinstance(record, dict) or not isinstance(record.get(name), kind):
+def field(record, name, kind, table=None):
+    """record[name], of this kind and not blank, or the table's entry for it. Raises BadRecord."""
+    value = record.get(name) if isinstance(record, dict) else None
+    if not isinstance(value, kind) or not str(value).strip():
         raise BadRecord(f"no usable {name}")
-    return record[name]
-
-
-def number(value, name):
-    """A finite number, also where it is written as text. Raises BadRecord."""
-    try:
-        as_float = float(value)
-    except (TypeError, ValueError, OverflowError):
-        as_float = math.nan
-    if not math.isfinite(as_float):
-        raise BadRecord(f"a {name} that is no number")
-    return as_float if isinstance(value, str) else value
-
-
-# ---- converters: captions, boxes, questions ----
-
-def coco_images(job, rows):
-    """{image id: file name} of a file of COCO's form (formats 6.1, 8.2)."""
-    names = {}
-    for row in rows:
-        with job.record("image", row):
-            image_id = field(row, "id", ID)
-            if "file_name" in row:
-                name = field(row, "file_name", str)
-            else:
-                name = field(row, "coco_url", str)  # LVIS
-            if names.setdefault(image_id, name) != name:
-                raise BadRecord("the id of another")
-    return names
-
-
-def listed(row, name, table):
-    """table[row[name]]. Raises BadRecord where the file does not list it."""
-    value = field(row, name, ID)
+    if table is None:
+        return value
     if value not in table:
         raise BadRecord(f"an unknown {name}")
     return table[value]
 
 
-def from_captions(job):
-    """Captions in JSON: COCO's, Karpathy's or a flat list, told apart by their keys."""
-    for path in job.sources:
-        value = read_json(path)
-        if isinstance(value, list):
-            yield from flat_captions(job, value)
-        elif has_lists(value, "images", "annotations"):
-            names = coco_images(job, value["images"])
-            for row in value["annotations"]:
-                with job.record("annotation", row):
-                    caption = field(row, "caption", str)
-                    name = listed(row, "image_id", names)
-                    yield name, {"caption": [caption], "image_id": row["image_id"]}
-        elif has_lists(value, "images"):
-            yield from karpathy_captions(job, path, value["images"])
-        else:
-            raise UserError(f"{path} has neither images and annotations (COCO) nor images with "
-                            "sentences (Karpathy), nor is it a list of images and captions: is "
-                            "--from right?")
-
-
-def flat_captions(job, rows):
-    """ALBEF's and LAVIS's lists (formats 6.3): rows of an image and a caption or several."""
+def image_names(job, rows):
+    """{image id: file name} of a file of COCO's form (formats 6.1, 8.2)."""
+    names = {}
     for row in rows:
-        with job.record("row", row):
-            captions = field(row, "caption", (str, list))
-            if isinstance(captions, str):
-                captions = [captions]
-            yield field(row, "image", str), {"caption": captions}
+        with job.record("image", row):
+            names[field(row, "id", (int, str))] = field(row, "file_name", str)
+    return names
 
 
-def karpathy_captions(job, path, rows):
-    """The rows of --split (formats 6.2); restval belongs to train."""
-    splits = set()
+def from_captions(job):
+    """COCO's captions (formats 6.1), or Karpathy's split of them (6.2)."""
+    for path in job.sources:
+        value = read_lists(path, "images")
+        if "annotations" not in value:
+            yield from karpathy_captions(job, value["images"])
+            continue
+        names = image_names(job, value["images"])
+        for row in read_lists(path, "annotations")["annotations"]:
+            with job.record("annotation", row):
+                name = field(row, "image_id", (int, str), names)
+                caption = field(row, "caption", str).strip()
+                yield name, {"caption": [caption], "image_id": row["image_id"]}
+
+
+def karpathy_captions(job, rows):
+    """The rows of --split; restval belongs to train."""
     for row in rows:
         with job.record("image", row):
             name = field(row, "filename", str)
             if isinstance(row.get("filepath"), str):  # Flickr30k's rows have none
                 name = f"{row['filepath']}/{name}"
-            split = field(row, "split", str)
-            if split == "restval":
-                split = "train"
-            splits.add(split)
-            if split == job.split:
-                sentences = field(row, "sentences", list)
-                captions = [s.get("raw") if isinstance(s, dict) else None for s in sentences]
-                yield name, {"caption": captions}
-    if job.split not in splits:
-        raise UserError(f"--split {job.split}: the images of {path} are of "
-                        f"{printable(', '.join(sorted(splits)))}")
+            if field(row, "split", str).replace("restval", "train") != job.split:
+                continue
+            for sentence in field(row, "sentences", list):
+                yield name, {"caption": [field(sentence, "raw", str).strip()]}
 
 
 def from_instances(job):
@@ -2046,33 +1895,31 @@ def from_instances(job):
         classes = {}
         for row in value["categories"]:
             with job.record("category", row):
-                name = clean_name(field(row, "name", str))
-                if not name:
-                    raise BadRecord("no usable name")
-                classes[field(row, "id", ID)] = name
-                if list(classes.values()).count(name) > 1:
-                    raise BadRecord("the name of another, which makes them one class")
-        for category_id in sorted(classes, key=lambda i: (isinstance(i, str), i)):
-            if classes[category_id] not in job.classes:
-                job.classes.append(classes[category_id])
+                classes[field(row, "id", int)] = clean_name(field(row, "name", str))
+        for category_id, name in sorted(classes.items()):
+            if list(classes.values()).count(name) > 1:
+                job.drop("categories of one name, which are one class", f"{category_id} {name}")
+            if name not in job.classes:
+                job.classes.append(name)
 
-        names = coco_images(job, value["images"])
+        names = image_names(job, value["images"])
         for image_id, name in names.items():  # images without an object, too
             yield name, {"boxes": [], "image_id": image_id}
         for row in value["annotations"]:
             with job.record("annotation", row):
-                yield listed(row, "image_id", names), {"boxes": [coco_box(row, classes)]}
+                name = field(row, "image_id", (int, str), names)
+                yield name, {"boxes": [coco_box(row, classes)]}
 
 
 def coco_box(row, classes):
     """A box, in pixels of the image as stored."""
-    sides = field(row, "bbox", list)
-    if len(sides) != 4:
-        raise BadRecord("a bbox that is not four numbers")
-    x, y, w, h = [number(side, "bbox") for side in sides]
-    if w <= 0 or h <= 0:
+    try:
+        x, y, w, h = [float(side) for side in field(row, "bbox", list)]
+    except (TypeError, ValueError, OverflowError):
+        raise BadRecord("a bbox that is not four numbers") from None
+    if not (w > 0 and h > 0 and math.isfinite(x + y + w + h)):
         raise BadRecord("a bbox without width or height")
-    text = listed(row, "category_id", classes)
+    text = field(row, "category_id", int, classes)
     area = row.get("area")
     if not isinstance(area, (int, float)):
         area = w * h
@@ -2092,58 +1939,40 @@ def from_vqa(job):
                 given = [field(answer, "answer", str) for answer in field(row, "answers", list)]
                 if not given:
                     raise BadRecord("no usable answers")
-                kind = row.get("answer_type")
-                answers[field(row, "question_id", ID)] = {
+                answers[field(row, "question_id", int)] = {
                     "answer": collections.Counter(given).most_common(1)[0][0],
                     "answers": given,
-                    "answer_type": kind if isinstance(kind, str) else None,
+                    "answer_type": row.get("answer_type"),
                 }
     for path in job.sources:
         value = read_lists(path, "questions")
         for row in value["questions"]:
             with job.record("question", row):
+                qa = {"question": field(row, "question", str), "question_id": row["question_id"],
+                      **field(row, "question_id", int, answers)}
                 image = field(row, "image_id", int)
-                question_id = field(row, "question_id", ID)
-                if question_id not in answers:
-                    raise BadRecord("no answer")
-                qa = {"question": field(row, "question", str), **answers[question_id],
-                      "question_id": question_id}
-                name_of_2014 = f"COCO_{value.get('data_subtype')}_{image:012d}.jpg"
-                name = job.images.find_any([name_of_2014, f"{image:012d}.jpg"])
-                yield name, {"qa": [qa]}
+                yield f"COCO_{value.get('data_subtype')}_{image:012d}.jpg", {"qa": [qa]}
 
-
-# ---- converters: masks, folders of classes ----
 
 def from_ade20k(job):
     """ADE20K of SceneParse150 (formats 8.1): folders of masks, in which 0 is no class."""
     for folder in job.sources:
         if not job.classes:
             job.classes = ade20k_classes(folder)
-        masks = files_below(folder, job.drop)
-        for place in sorted(masks):
-            if "/" in place or suffix_of(place) != "png":
-                job.drop("file that is no mask of this folder", place)
-                continue
-            names = [f"{os.path.splitext(place)[0]}.{suffix}" for suffix in IMAGES]
-            yield job.images.find_any(names), {"seg.png": masks[place]}
+        for path in sorted(glob.glob(f"{glob.escape(folder)}/*.png")):
+            image = os.path.basename(path).replace(".png", ".jpg")
+            yield image, {"seg.png": path}
 
 
 def ade20k_classes(folder):
     """Names of the classes, from objectInfo150 beside the masks or up to two folders above."""
     for above, suffix in itertools.product((".", "..", "../.."), ("csv", "txt")):
         path = os.path.join(folder, above, f"objectInfo150.{suffix}")
-        if not os.path.exists(path):
-            continue
-        delimiter = "," if suffix == "csv" else "\t"
-        rows = csv.DictReader(io.StringIO(read_text(path)), delimiter=delimiter)
-        try:
-            names = {int(row["Idx"]): row["Name"] for row in rows}
+        if os.path.exists(path):
+            delimiter = "," if suffix == "csv" else "\t"
+            rows = csv.DictReader(split_lines(read_text(path)), delimiter=delimiter)
             # the first of several names: "building;edifice" or "building, edifice"
-            names = [re.split("[;,]", names[i])[0].strip() for i in range(1, len(names) + 1)]
-        except (KeyError, TypeError, ValueError):
-            raise UserError(f"{path}: expected the columns Idx (1, 2, ...) and Name") from None
-        return ["unlabeled", *names]
+            return ["unlabeled", *[re.split("[;,]", row["Name"])[0].strip() for row in rows]]
     return []
 
 
@@ -2152,148 +1981,63 @@ def from_folder(job):
 
     The images are shuffled (ours): batches from shards of one class each would hold few classes.
     """
-    for place in job.images.others:
-        job.drop(f"file that is not read: .{suffix_of(place)}", place)
     place_of = {}  # of each path, without further links to it
     for place, path in job.images.files.items():
         if "/" in place:
             place_of.setdefault(path, place)
         else:
             job.drop("image outside the class folders", place)
-    job.classes = sorted({place.split("/")[0] for place in place_of.values()})
-    for name in set(os.listdir(job.sources[0])).difference(job.classes):
-        path = os.path.join(job.sources[0], name)
-        if os.path.isdir(path) and not os.path.islink(path) and not is_hidden(name):
-            raise UserError(f"{path} is a class folder without an image: remove it if it is none")
-    number_of = {name: i for i, name in enumerate(job.classes)}
     places = sorted(place_of.values())
+    folders = sorted({place.split("/")[0] for place in places})
+    job.classes = [clean_name(name) for name in folders]
     for i in np.random.default_rng(0).permutation(len(places)):
-        name = places[i].split("/")[0]
-        yield places[i], {"cls": str(number_of[name]).encode()}
+        number = folders.index(places[i].split("/")[0])
+        yield places[i], {"cls": number}
 
-
-# ---- converters: documents ----
 
 def from_mmc4(job):
-    """(key, members) of documents in the form of MMC4 (formats 3.1) or of OBELICS (formats 4)."""
+    """(key, members) of MMC4's documents (formats 3.1), with the images that are there."""
     count = 0
-    for place, document in json_lines(job):
-        key = f"{count:09d}"
-        if has_lists(document, "text_list", "image_info"):
-            record, images = mmc4_document(job, document, key, place)
-        elif has_lists(document, "texts", "images"):
-            record, images = obelics_document(job, document, key, place)
-        else:
-            job.drop("line without text_list and image_info, or texts and images", place)
-            continue
-        if not images:
-            job.drop("document without an image", place)
-            continue
-        count += 1
-        yield key, {"json": json.dumps(record).encode(), **images}
-
-
-def json_lines(job):
-    """(place, value) of each line of .jsonl files, plain or in a .zip."""
     for path in job.sources:
-        place = path
         try:
-            for i, line in enumerate(lines_of(path), 1):
-                place = f"{path}:{i}"
-                try:
-                    yield place, json.loads(decode_text(line))
-                except (ValueError, RecursionError):
-                    if line.strip():
-                        job.drop("line that is no JSON in UTF-8", place)
-        except Exception as error:  # zipfile and zlib fail in many ways
-            job.drop(f"rest of a file that cannot be read ({error})", place)
+            with open(path, "rb") as f:
+                lines = f.readlines()
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror})") from None
+        for i, line in enumerate(lines, 1):
+            with job.record("line", f"{path}:{i}"):
+                key = f"{count:09d}"
+                members = mmc4_document(job, line, key)
+                count += 1
+                yield key, members
 
 
-def lines_of(path):
-    with open(path, "rb") as f:
-        if f.read(2) != b"PK":
-            f.seek(0)
-            yield from f
-            return
-    with zipfile.ZipFile(path) as archive:
-        for name in archive.namelist():
-            if name.endswith(".jsonl") and not is_hidden(name):
-                with archive.open(name) as f:
-                    yield from f
-
-
-def mmc4_document(job, document, key, place):
-    """-> record, {suffix: bytes} of the images that are there; in MMC4 many are not."""
-    texts = [text if isinstance(text, str) else "" for text in document["text_list"]]
-    if texts != document["text_list"]:
-        job.drop("sentence that is no text", place)
+def mmc4_document(job, line, key):
+    """-> {suffix: bytes}"""
+    try:
+        document = json.loads(decode_text(line))
+    except (ValueError, RecursionError):
+        raise BadRecord("no JSON in UTF-8") from None
+    texts = field(document, "text_list", list)
+    info = []
     images = {}
-    image_info = []
-    for entry in document["image_info"]:
-        try:
-            kept = mmc4_entry(entry, len(texts))
-        except BadRecord as reason:
-            job.drop(f"entry of image_info with {reason}", place)
-            continue
-        suffix = add_image(job, images, entry["image_name"])
-        if suffix:
-            image_info.append({"image_name": f"{key}.{suffix}", **kept})
-    url = document.get("url")
-    if not isinstance(url, str):
-        url = None
-    return {"url": url, "text_list": texts, "image_info": image_info}, images
+    for entry in field(document, "image_info", list):
+        with job.record("entry of image_info", entry):
+            path = job.images.find(field(entry, "image_name", str))
+            if path is None:
+                raise BadRecord("an " + NOT_FOUND)
+            if field(entry, "matched_text_index", int) not in range(len(texts)):
+                raise BadRecord("a matched_text_index outside text_list")
+            suffix = f"{len(images)}.{suffix_of(path)}"
+            images[suffix] = read_bytes(path)
+            info.append({**entry, "image_name": f"{key}.{suffix}"})
+    if not images:
+        raise BadRecord("no image that can be used")
+    record = {"url": document.get("url"), "text_list": texts, "image_info": info}
+    return {"json": json.dumps(record).encode(), **images}
 
 
-def mmc4_entry(entry, n_sentences):
-    """What is kept of an entry of image_info besides its name. Raises BadRecord."""
-    field(entry, "image_name", str)
-    sentence = field(entry, "matched_text_index", int)
-    if not 0 <= sentence < n_sentences:
-        raise BadRecord("a matched_text_index outside text_list")
-    kept = {"matched_text_index": sentence}
-    if entry.get("matched_sim") is not None:
-        kept["matched_sim"] = number(entry["matched_sim"], "matched_sim")
-    if isinstance(entry.get("raw_url"), str):
-        kept["raw_url"] = entry["raw_url"]
-    return kept
-
-
-def obelics_document(job, document, key, place):
-    """-> record, {suffix: bytes} of the images that are there."""
-    images = {}
-    texts = []
-    names = []
-    for text, name in itertools.zip_longest(document["texts"], document["images"]):
-        if isinstance(text, str) and text != "END_OF_DOCUMENT_TOKEN_TO_BE_REPLACED":
-            texts.append(text)
-            names.append(None)
-        if isinstance(name, str):
-            suffix = add_image(job, images, name)
-            if suffix:
-                texts.append(None)
-                names.append(f"{key}.{suffix}")
-        if not isinstance(text, (str, type(None))) or not isinstance(name, (str, type(None))):
-            job.drop("text or image that is no string", place)
-    return {"texts": texts, "images": names}, images
-
-
-def add_image(job, images, name):
-    """Reads an image of a document into `images` -> its suffix there, or None if it is missing."""
-    path = job.images.find(name)
-    if path is None:
-        job.drop(MISSING, name)
-        return None
-    raw = read_file(path, job.drop)
-    if raw is None:
-        return None
-    suffix = f"{len(images)}.{suffix_of(path)}"
-    images[suffix] = raw
-    return suffix
-
-
-# ---- converters: writing ----
-
-LAYOUTS = {
+CONVERTERS = {
     "captions": from_captions,
     "instances": from_instances,
     "vqa": from_vqa,
@@ -2314,165 +2058,138 @@ def convert(layout, sources, images, out, per_shard=1000, split="train", annotat
         if len(sources) > 1:
             raise UserError(f"--from folder takes one folder, not {len(sources)}")
         images = sources[0]
-    if images is None:
-        raise UserError(f"--from {layout} needs --images FOLDER: it holds the images")
-    if not os.path.isdir(images):
+    if images is None or not os.path.isdir(images):
         raise UserError(f"--images {images} is no folder: it holds the images, in any sub-folders")
     if layout == "vqa" and not annotations:
         raise UserError("--from vqa needs --annotations FILE: it holds the answers")
-    if per_shard < 1:
-        raise UserError(f"--per-shard {per_shard}: at least 1 is needed")
 
+    require_new(out, split)
     job = Job(sources, images, split, annotations)
-    samples = LAYOUTS[layout](job)
+    samples = CONVERTERS[layout](job)
     if layout != "mmc4":
-        samples = annotated_images(job, gather(job, samples))
-    classes = class_lines(job.classes, out)
-    count = write_shards(samples, out, split, per_shard)
-    if count and classes:
-        write_lines(f"{out}/classes.txt", classes)
+        samples = annotated_images(job, list(samples))
+    check_same_classes(job.classes, out)
 
-    summary = f"{printable(out)}: {count} samples"
-    if classes:
-        summary += f", {len(classes)} classes"
-    print(summary, *job.report(), sep="\n")
+    def shard_of(sample):
+        return int(sample[0]) // per_shard  # keys are numbers
+
+    shards = itertools.groupby(samples, shard_of)
+    count = write_shards((samples for _, samples in shards), out, split)
+    print(f"{printable(out)}: {count} samples, {len(job.classes)} classes")
+    for reason, n in job.counts.most_common():
+        print(f"{n:8} dropped: {reason} (first: {job.first[reason]})")
     if not count:
         raise UserError(f"nothing of {sources[0]} could be converted: is --from {layout} right?")
+    if job.classes:
+        write_lines(f"{out}/classes.txt", job.classes)
 
 
-def gather(job, statements):
-    """{path of an image: (members, record)}: an image once, with all that is said about it."""
-    found = {}
-    missing = set()
-    for name, fields in tqdm(statements, "reading", unit="record", leave=False, disable=None):
-        path = job.images.find(name)
-        if path is None:
-            if name not in missing:
-                job.drop(MISSING, name)
-            missing.add(name)
+def annotated_images(job, statements):
+    """(key, members) of each image, with all that is said about it."""
+    paths = {}  # of names
+    records = collections.defaultdict(dict)  # of paths
+    for name, fields in statements:
+        if name not in paths:
+            paths[name] = job.images.find(name)
+            if paths[name] is None:
+                job.drop(NOT_FOUND, name)
+        if paths[name] is None:
             continue
-        members, record = found.setdefault(path, ({}, {}))
+        record = records[paths[name]]
         for key, value in fields.items():
-            if key in ("seg.png", "cls"):
-                members[key] = value
-            elif isinstance(value, list):
-                record.setdefault(key, []).extend(value)
-            else:
-                record[key] = value
-    return found
+            record[key] = record.get(key, []) + value if isinstance(value, list) else value
 
-
-def annotated_images(job, found):
-    """(key, members) of what `gather` found, where the image can be read."""
     count = 0
-    for path, (members, record) in found.items():
-        if "caption" in record:
-            texts = [text.strip() for text in record["caption"] if isinstance(text, str)]
-            captions = [text for text in texts if text]
-            for _ in range(len(record["caption"]) - len(captions)):
-                job.drop("caption that is empty or no text", path)
-            if not captions:
-                job.drop("image without a caption", path)
-                continue
-            record["caption"] = captions
-        sample = {}
-        if record:
-            sample["json"] = json.dumps(record).encode()
-        sample[suffix_of(path)] = read_file(path, job.drop)
-        for suffix, value in members.items():
-            sample[suffix] = read_file(value, job.drop) if suffix == "seg.png" else value
-        if None not in sample.values():
-            yield f"{count:09d}", sample
+    for path, record in records.items():
+        with job.record("image", path):
+            members = {suffix_of(path): read_bytes(path)}
+            if "seg.png" in record:
+                members["seg.png"] = read_bytes(record.pop("seg.png"))
+            if "cls" in record:
+                members["cls"] = str(record.pop("cls")).encode()
+            if record:
+                members["json"] = json.dumps(record).encode()
+            yield f"{count:09d}", members
             count += 1
 
 
-def class_lines(classes, out):
-    """Lines of classes.txt. Their numbers are classes: all parts of a data set share one list."""
-    lines = [clean_name(name) for name in classes]
-    if "" in lines or len(set(lines)) < len(lines):
-        raise UserError("class names must be distinct and not empty, unlike "
-                        f"{max(lines, key=lines.count)!r}: rename them")
-    if lines and os.path.exists(f"{out}/classes.txt"):
-        known = read_lines_near([f"{out}/x.tar"], "classes.txt")
-        if known != lines:
-            raise UserError(f"{out}/classes.txt lists other classes ({len(known)}, here "
-                            f"{len(lines)}): give another folder")
-    return lines
+def clean_name(text):
+    """The name of a class as a line of classes.txt has it."""
+    return " ".join(text.split()).encode("utf-8", "replace").decode()
 
 
-def write_shards(samples, out, split, per_shard):
-    """(key, {suffix: bytes}) of samples -> <split>-*.tar in `out`. Returns their number."""
-    count = 0
-    with new_shards(out, split) as next_shard:
-        for key, members in tqdm(samples, "writing", unit="sample", leave=False, disable=None):
-            if count % per_shard == 0:
-                tar = next_shard()
-            for suffix, raw in members.items():
-                add(tar, f"{key}.{suffix}", raw)
-            count += 1
-    return count
+def check_same_classes(classes, out):
+    """Their numbers are lines of classes.txt, so all parts of a data set share one list."""
+    known = read_lines_near([f"{out}/x.tar"], "classes.txt")
+    if classes and os.path.exists(f"{out}/classes.txt") and known != classes:
+        raise UserError(f"{out}/classes.txt lists other classes ({len(known)}, here "
+                        f"{len(classes)}): give another folder")
 
 
-@contextlib.contextmanager
-def new_shards(out, split):
-    """Gives a function that opens the next <split>-00000.tar of the folder `out`.
-
-    They are called .part until all are written, so that a run cut short leaves none that could pass
-    for the whole. Raises UserError if there are such shards, or where writing fails.
-    """
+def require_new(out, split):
     if glob.glob(f"{glob.escape(out)}/{split}-*.tar"):
         raise UserError(
             f"--out {out} already holds {split}-*.tar: give another folder, or remove them first")
-    paths = []
-    tars = contextlib.ExitStack()
 
-    def next_shard():
-        tars.close()
-        paths.append(f"{out}/{split}-{len(paths):05d}.tar")
-        # PAX is USTAR but for names that are too long for it
-        tar = tarfile.open(f"{paths[-1]}.part", "w", format=tarfile.PAX_FORMAT)
-        return tars.enter_context(tar)
 
+def write_shards(shards, out, split):
+    """[[(key, {suffix: bytes})]] -> <split>-00000.tar, ... in `out`. Returns the number of samples.
+
+    They appear there when all are written, so that a run cut short leaves none that could pass for
+    the whole. Raises UserError where writing fails.
+    """
+    count = 0
     try:
         os.makedirs(out, exist_ok=True)
-        yield next_shard
-        tars.close()
-        for path in paths:
-            os.replace(f"{path}.part", path)
+        with tempfile.TemporaryDirectory(prefix=".new-", dir=out) as folder:
+            for number, samples in enumerate(shards):
+                path = f"{folder}/{split}-{number:05d}.tar"
+                # PAX is USTAR but for names that are too long for it
+                with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+                    for key, members in samples:
+                        for suffix, raw in members.items():
+                            add(tar, f"{key}.{suffix}", raw)
+                        count += 1
+            for name in os.listdir(folder):
+                os.replace(f"{folder}/{name}", f"{out}/{name}")
     except OSError as error:
         raise UserError(f"stopped while writing --out {out} ({error})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            tars.close()
-        for path in paths:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(f"{path}.part")
+    return count
 
 
 # ---- ALIGN's filters (paper s3) ----
 
 WORD = re.compile(r"\w+(?:['\u2019-]\w+)*")  # ours: the paper does not say how a text is cut
 
-
-@dataclasses.dataclass
-class Rules:
-    """Thresholds, those of the paper but for `distance`."""
-    min_side: int = 200  # I2: shorter sides are above this, in pixels
-    max_ratio: float = 3.0  # I3: longer / shorter side is below this
-    max_texts: int = 1000  # I4: of an image
-    distance: int = 4  # I5, ours: bits of 64 in which hashes of copies differ at most
-    max_images: int = 10  # T1: of a text
-    most_frequent: int = 100_000_000  # T2: unigrams and bigrams that are not rare
-    min_words: int = 3  # T3
-    max_words: int = 20  # T3
+RULES = {  # what goes, by their names
+    "I2": "images whose shorter side is at most --min-side pixels",
+    "I3": "images whose sides are in a ratio of --max-ratio or more",
+    "I4": "images with more than --max-texts texts",
+    "I5": "images within --distance bits of one of --against, by difference hash (ours)",
+    "T1": "texts of more than --max-images images",
+    "T2": "texts with a token outside the --most-frequent unigrams and bigrams",
+    "T3": "texts of less than --min-words or more than --max-words unigrams",
+    "left": "samples without a text left",
+}
 
 
 @dataclasses.dataclass
-class Measured:
+class Thresholds:
+    """Those of the paper, but for `distance`, of 64 bits."""
+    min_side: int = 200
+    max_ratio: float = 3.0
+    max_texts: int = 1000
+    distance: int = 4  # ours
+    max_images: int = 10
+    most_frequent: int = 100_000_000
+    min_words: int = 3
+    max_words: int = 20
+
+
+class Measured(typing.NamedTuple):
     """What the rules need of a sample."""
     texts: list
-    short: int  # sides in pixels, of the original where img2dataset's fields give them
-    long: int
+    sides: list  # in pixels, of the original where img2dataset's fields give them
     digest: bytes  # of the image's file: which samples show one image
     hash: np.uint64
 
@@ -2487,7 +2204,7 @@ def difference_hash(image):
     return np.packbits(gray[:, :-1] > gray[:, 1:]).view(np.uint64)[0]
 
 
-def measure(index, first, last, with_texts=True):
+def measure(index, first, last, with_texts):
     """Measured, or the reason why it cannot be used, of samples first ... last - 1."""
     results = []
     for i in range(first, last):
@@ -2500,26 +2217,22 @@ def measure(index, first, last, with_texts=True):
             if not all(isinstance(side, int) and side > 0 for side in sides):
                 sides = open_image(raw).size
             digest = hashlib.sha256(raw).digest()[:16]
-            results.append(Measured(texts, min(sides), max(sides), digest, image_hash))
+            results.append(Measured(texts, sides, digest, image_hash))
         except Skip as reason:
             results.append(str(reason))
     return results
 
 
-def measure_all(index, label, **options):
-    fn = functools.partial(measure, index, **options)
+def measure_all(index, label, with_texts):
+    fn = functools.partial(measure, index, with_texts=with_texts)
     starts = index.starts.tolist()
     parts = parallel_map(fn, starts[:-1], starts[1:], label=label, min_parallel=50)
     return list(itertools.chain.from_iterable(parts))
 
 
-def unigrams(text):
-    return WORD.findall(text.lower())
-
-
 def grams(text):
     """Unigrams and bigrams."""
-    words = unigrams(text)
+    words = WORD.findall(text.lower())
     return words + [f"{a} {b}" for a, b in zip(words, words[1:])]
 
 
@@ -2532,31 +2245,30 @@ def frequent_grams(texts, most_frequent):
     return set(by_count)
 
 
-def image_rule(measured, rules, evaluation_hashes):
+def image_rule(measured, limits, evaluation_hashes):
     """The rule for single images that a sample fails, or None."""
-    if measured.short <= rules.min_side:
+    if min(measured.sides) <= limits.min_side:
         return "I2"
-    if measured.long >= rules.max_ratio * measured.short:
+    if max(measured.sides) >= limits.max_ratio * min(measured.sides):
         return "I3"
-    if len(evaluation_hashes):
-        distances = np.bitwise_count(evaluation_hashes ^ measured.hash)
-        if distances.min() <= rules.distance:
-            return "I5"
+    distances = np.bitwise_count(evaluation_hashes ^ measured.hash)
+    if (distances <= limits.distance).any():
+        return "I5"
     return None
 
 
-def text_rule(text, rules, images_of, frequent):
+def text_rule(text, limits, images_of, frequent):
     """The rule that a text fails, or None."""
-    if images_of[text] > rules.max_images:
+    if images_of[text] > limits.max_images:
         return "T1"
     if frequent is not None and not frequent.issuperset(grams(text)):
         return "T2"
-    if not rules.min_words <= len(unigrams(text)) <= rules.max_words:
+    if not limits.min_words <= len(WORD.findall(text)) <= limits.max_words:
         return "T3"
     return None
 
 
-def apply_rules(samples, rules, evaluation_hashes):
+def apply_rules(samples, limits, evaluation_hashes):
     """-> {sample: its texts that pass}, {rule or reason: how often it dropped something}.
 
     Order (ours): I2, I3, I5 for each sample; I4 and T1 are counted on what is left, T2 on all
@@ -2568,7 +2280,7 @@ def apply_rules(samples, rules, evaluation_hashes):
     for i, measured in enumerate(samples):
         reason = measured
         if isinstance(measured, Measured):
-            reason = image_rule(measured, rules, evaluation_hashes)
+            reason = image_rule(measured, limits, evaluation_hashes)
             all_texts += measured.texts
         if reason:
             dropped[reason] += 1
@@ -2577,24 +2289,19 @@ def apply_rules(samples, rules, evaluation_hashes):
     pairs = {(measured.digest, text) for measured in passed.values() for text in measured.texts}
     texts_of = collections.Counter(digest for digest, _ in pairs)
     images_of = collections.Counter(text for _, text in pairs)
-    frequent = frequent_grams(all_texts, rules.most_frequent)
+    frequent = frequent_grams(all_texts, limits.most_frequent)
 
     kept = {}
     for i, measured in passed.items():
-        if texts_of[measured.digest] > rules.max_texts:
+        if texts_of[measured.digest] > limits.max_texts:
             dropped["I4"] += 1
             continue
-        texts = []
-        for text in measured.texts:
-            rule = text_rule(text, rules, images_of, frequent)
-            if rule is None:
-                texts.append(text)
-            else:
-                dropped[rule] += 1
-        if texts:
-            kept[i] = texts
-        else:
+        rules = {text: text_rule(text, limits, images_of, frequent) for text in measured.texts}
+        dropped.update(rule for rule in rules.values() if rule)
+        kept[i] = [text for text in measured.texts if rules[text] is None]
+        if not kept[i]:
             dropped["left"] += 1
+            del kept[i]
     return kept, dropped
 
 
@@ -2602,68 +2309,44 @@ def filter_pairs(paths, out, against=(), split="train", **thresholds):
     """Samples that pass ALIGN's rules -> <split>-*.tar in `out`, one for each shard.
 
     against: shards of evaluation sets, of whose images near copies are dropped. thresholds: fields
-    of Rules. Prints what each rule dropped. Raises UserError if nothing is left.
+    of Thresholds. Prints what each rule dropped. Raises UserError if nothing is left.
     """
-    rules = Rules(**thresholds)
-    with new_shards(out, split) as next_shard:
-        evaluation = []
-        if against:
-            evaluation = measure_all(Index(against), "hashing", with_texts=False)
-        hashes = [m.hash for m in evaluation if isinstance(m, Measured)]
-        index = Index(paths)
-        samples = measure_all(index, "measuring")
-        kept, dropped = apply_rules(samples, rules, np.array(hashes, np.uint64))
-        write_kept(index, kept, next_shard)
-    print_filter_report(out, index, len(kept), dropped, rules, len(hashes))
-    if len(hashes) < len(evaluation):
-        print(f"{len(evaluation) - len(hashes)} evaluation images could not be read")
+    require_new(out, split)
+    limits = Thresholds(**thresholds)
+    evaluation = []
+    if against:
+        evaluation = measure_all(Index(against), "hashing", with_texts=False)
+    hashes = [m.hash for m in evaluation if isinstance(m, Measured)]
+    index = Index(paths)
+    samples = measure_all(index, "measuring", with_texts=True)
+    kept, dropped = apply_rules(samples, limits, np.array(hashes, np.uint64))
+
+    def shard_of(i):
+        return int(np.searchsorted(index.starts, i, side="right"))
+
+    shards = itertools.groupby(kept, shard_of)
+    write_shards((kept_samples(index, numbers, kept) for _, numbers in shards), out, split)
+
+    print(f"{limits}; {len(hashes)} of {len(evaluation)} images of --against can be read")
+    print(f"{printable(out)}: {len(kept)} of {len(index)} samples kept; dropped:")
+    for rule in [*RULES, *sorted(dropped.keys() - RULES.keys())]:
+        print(f"{dropped[rule]:8} {rule}: {RULES.get(rule, 'samples')}")
+    for line in index.warnings():
+        print(printable(line))
     if not kept:
         raise UserError(f"none of {len(index)} samples is left: the report above says by which "
                         "rule; a flag sets each threshold")
 
 
-def write_kept(index, kept, next_shard):
-    """The files of {sample: texts}. A record is written anew where not all its texts are left."""
-    last_shard = None
-    for i, texts in kept.items():
-        shard = np.searchsorted(index.starts, i, side="right")
-        if shard != last_shard:
-            tar = next_shard()
-            last_shard = shard
-        try:
-            sample = index[i]
-        except Skip as reason:
-            raise UserError(f"{index.place(i)}: {reason} since it was measured: retry") from None
-        if texts != sample.captions():
-            record = {**sample.json, "caption": texts}
+def kept_samples(index, numbers, kept):
+    """(key, members) of these samples; the record is a new one where some of the texts are gone."""
+    for i in numbers:
+        sample = index[i]
+        if kept[i] != sample.captions():
+            record = {**sample.json, "caption": kept[i]}
             record.pop("captions", None)
             sample.members["json"] = json.dumps(record).encode()
-        for suffix, raw in sample.members.items():
-            add(tar, f"{sample.key}.{suffix}", raw)
-
-
-def print_filter_report(out, index, n_kept, dropped, rules, n_evaluation):
-    what = {
-        "I2": f"images whose shorter side is at most {rules.min_side} px",
-        "I3": f"images whose sides are in a ratio of {rules.max_ratio:g} or more",
-        "I5": f"images within {rules.distance} bits of one of {n_evaluation} evaluation images, "
-              "by difference hash (ours)",
-        "I4": f"images with more than {rules.max_texts} texts",
-        "T1": f"texts of more than {rules.max_images} images",
-        "T2": f"texts with a token outside the {rules.most_frequent} most frequent unigrams and "
-              "bigrams",
-        "T3": f"texts of less than {rules.min_words} or more than {rules.max_words} unigrams",
-        "left": "samples without a text left",
-    }
-    print(f"{printable(out)}: {n_kept} of {len(index)} samples kept; dropped:")
-    for rule, description in what.items():
-        print(f"{dropped[rule]:8} {rule}: {description}")
-    for reason, count in dropped.items():
-        if reason not in what:
-            print(f"{count:8} {reason}")
-    print("I1 is not applied: the paper does not name its detector")
-    for line in index.warnings():
-        print(printable(line))
+        yield sample.key, sample.members
 
 
 # ---- check ----
@@ -2685,18 +2368,17 @@ def check(paths):
 def check_shard(path):
     """-> number of samples, lines on what is wrong with the shard and with each of them."""
     lines = []
+    names = None
     try:
         names = read_lines_near([path], "classes.txt", "classnames.txt")
     except UserError as error:
         lines.append(f"{path}: {error}")
-        names = None
     try:
         index = Index([path])
     except UserError as error:
         return 0, [*lines, f"{path}: {error}"]
-    for note, n in index.notes.get(index.paths[0], {}).items():
-        if note != HIDDEN:  # does no harm
-            lines.append(f"{path}: {note} ({n})")
+    notes = index.notes.get(index.paths[0], {})
+    lines += [f"{path}: {note} ({n})" for note, n in notes.items() if note != HIDDEN]
     for i in range(len(index)):
         try:
             reasons = check_sample(index[i], names)
@@ -2713,8 +2395,7 @@ def check_sample(sample, names):
     names: of the classes, or None.
     """
     reasons = []
-    for part in (check_images, check_captions, check_class, check_mask, check_boxes,
-                 check_document):
+    for part in (check_images, check_captions, check_classes, check_boxes):
         try:
             reasons += part(sample, names)
         except Skip as reason:
@@ -2726,84 +2407,53 @@ def check_images(sample, names):
     if not sample.is_document():
         sample.image()
         return []
+    sample.document(common.rng(Stream.SAMPLE, 0, 0, 0), min_size=1, min_similarity=-math.inf)
     reasons = []
-    for suffix in sample.members:
-        if suffix.endswith(IMAGES):
-            try:
-                sample.image(member=suffix)
-            except Skip as reason:
-                reasons.append(f"{reason} {suffix}")
+    for entry in sample.json["image_info"]:
+        suffix, _, _ = read_entry(entry, len(sample.json["text_list"]))
+        if suffix is None:
+            reasons.append("malformed entry of image_info")
+            continue
+        try:
+            sample.image(member=suffix)
+        except Skip as reason:
+            reasons.append(f"{reason} {suffix}")
     return reasons
 
 
 def check_captions(sample, names):
-    others = {"cls", "label", "segments", "boxes", "qa", "seg.png", "texts", "text_list"}
+    others = {"cls", "label", "segments", "boxes", "qa", "seg.png", "text_list"}
     if sample.has_caption() or not others & {*sample.members, *sample.json}:
         sample.captions()
     return []
 
 
-def check_class(sample, names):
-    if sample.has_label() and names and sample.label() >= len(names):
-        return [f"class {sample.label()}, but {len(names)} names of classes"]
-    return []
-
-
-def check_mask(sample, names):
+def check_classes(sample, names):
+    numbers = []
+    if sample.has_label():
+        numbers.append(sample.label())
     if "seg.png" in sample.members:
-        largest = sample.mask().max()
-        if names and largest >= len(names):
-            return [f"class {largest} in the mask, but {len(names)} names of classes"]
-    return []
+        numbers.append(sample.mask().max())
+    if names is None:
+        return []
+    return [f"class {n}, but {len(names)} names of classes" for n in numbers if n >= len(names)]
 
 
 def check_boxes(sample, names):
-    for name in ("boxes", "segments"):  # Sample.boxes takes the first list, too
-        records = sample.json.get(name)
-        if isinstance(records, list):
-            width, height = open_image(sample.image_bytes()).size
-            bad = sum(read_box(record, width, height) is None for record in records)
-            if bad:
-                return [f"{bad} of {len(records)} {name} malformed, outside or without a text"]
-            return []
-        if name in sample.json:
-            return [f"{name} is no list"]
-    return []
-
-
-def check_document(sample, names):
-    if not sample.is_document():
+    records = sample.box_records()
+    if not records:  # an image without an object, too
         return []
-    reasons = []
-    images = []
-    if has_lists(sample.json, "text_list", "image_info"):
-        for entry in sample.json["image_info"]:
-            try:
-                mmc4_entry(entry, len(sample.json["text_list"]))
-                images.append(entry["image_name"])
-            except BadRecord as reason:
-                reasons.append(f"entry of image_info with {reason}")
-    elif has_lists(sample.json, "texts", "images"):
-        images = [name for name in sample.json["images"] if name is not None]
-    for name in images:
-        if not isinstance(name, str) or split_name(name)[1] not in sample.members:
-            reasons.append(f"no image {name}")
-    try:
-        sample.document(common.rng(Stream.SAMPLE, 0, 0, 0), min_size=1, min_similarity=-math.inf)
-    except Skip as reason:
-        reasons.append(str(reason))
-    return reasons
+    width, height = open_image(sample.image_bytes()).size
+    bad = sum(read_box(record, width, height) is None for record in records)
+    return [f"{bad} of {len(records)} boxes malformed, outside or without a text"] if bad else []
 
 
 # ---- command line ----
 
 MAKE_HELP = """Write the toy data, which are scenes of simple objects.
 
-pairs: with captions, boxes, masks and questions; labels: with classes; docs: in documents. A part
-that is there is not made again."""
-
-INDEX_HELP = """Count shards and samples, and say which archives are cut, compressed or otherwise
-odd. Of a folder, the shards of all parts are taken, training and held-out."""
+pairs: with captions, boxes, masks and questions; labels: with classes, for training with captions
+too; docs: in documents. A part that is there is not made again."""
 
 CHECK_HELP = """List bad shards and samples, a line each: file, key, what is wrong. Exit code 1 if
 there are any.
@@ -2811,19 +2461,15 @@ there are any.
 Reads everything as training and evaluation do: images, captions, classes, boxes, masks, documents.
 Of a folder, the shards of all parts are taken, training and held-out."""
 
-VOCAB_HELP = """Train a vocabulary for --vocab on the captions of the first 100,000 samples."""
-
 CONVERT_HELP = """Write data of another layout as shards <split>-00000.tar, ... of the folder --out.
 
   --from captions   FILE.json: COCO's captions; or Karpathy's splits (dataset_coco.json), of which
-                    --split is taken, train with restval; or a list of {"image": name, "caption":
-                    text or list of texts}
-  --from instances  FILE.json: COCO's and LVIS's boxes; makes classes.txt
+                    --split is taken, train with restval
+  --from instances  FILE.json: COCO's boxes; makes classes.txt
   --from vqa        questions.json, with --annotations answers.json: VQA v2
   --from ade20k     FOLDER of masks: ADE20K (SceneParse150); makes classes.txt from objectInfo150
   --from folder     FOLDER with a folder of images for each class: ImageNet; makes classes.txt
-  --from mmc4       FILE.jsonl or FILE.jsonl.zip: documents with text_list and image_info (MMC4), or
-                    with texts and images (OBELICS), names of files or URLs that end with them
+  --from mmc4       FILE.jsonl: documents with text_list and image_info (MMC4, unzipped)
 
 Images (jpg, png, webp) are copied as they are. They are found below --images by as much of the end
 of their names as is known there. What cannot be used is left out, and the report says how often,
@@ -2832,16 +2478,10 @@ why, and where first. Keys of the samples are numbers.
 
 FILTER_HELP = """Copy the samples that pass ALIGN's rules (paper s3) to new shards, one for each.
 
-  I2 --min-side       shorter sides of images are above this, in pixels
-  I3 --max-ratio      longer / shorter side is below this
-  I4 --max-texts      of an image at most
-  I5 --distance       images are further from those of --against, in bits of a difference hash of 64
-                      (ours: the paper has a model of similarity)
-  T1 --max-images     of a text at most
-  T2 --most-frequent  all unigrams and bigrams of a text are among so many
-  T3 --min-words, --max-words   of a text
-
-Defaults are the paper's. I1 is not applied: the paper does not name its detector.
+What goes:
+""" + "".join(f"  {rule}  {what}\n" for rule, what in RULES.items()) + """
+Defaults are the paper's, but for --distance, in bits of 64: the paper has a model of similarity. I1
+is not applied: the paper does not name its detector.
 """
 
 
@@ -2851,12 +2491,13 @@ def make_parser():
         allow_abbrev=False)
     tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
 
-    def add_task(name, summary, description):
+    def add_task(name, summary, description=""):
         return tasks.add_parser(
             name, help=summary, description=description, allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter)
 
     shards = {"nargs": "+", "metavar": "SHARDS", "help": "tar files, folders, globs, {000..123}"}
+    split = {"choices": SPLITS, "default": "train", "help": "name of the shards [train]"}
 
     task = add_task("make", "write the toy data", MAKE_HELP)
     task.add_argument("--root", default="runs", help="folder above it [runs]")
@@ -2866,46 +2507,35 @@ def make_parser():
     task.add_argument("--noise", type=float, default=0.0, help="share of wrong captions [0]")
     task.add_argument("--seed", type=int, default=0)
 
-    task = add_task("index", "count shards and samples, say what is odd about archives", INDEX_HELP)
+    task = add_task("index", "count shards and samples, say what is odd about archives")
     task.add_argument("shards", **shards)
 
     task = add_task("check", "list each bad shard and sample", CHECK_HELP)
     task.add_argument("shards", **shards)
 
-    task = add_task("vocab", "train a vocabulary on captions", VOCAB_HELP)
+    task = add_task("vocab", "train a vocabulary on the captions of the first 100,000 samples")
     task.add_argument("shards", **shards)
     task.add_argument("--size", type=int, default=32_000, help="number of ids [32000]")
     task.add_argument("--out", default="vocab.json", help="[vocab.json]")
 
     task = add_task("convert", "write another layout as shards", CONVERT_HELP)
     task.add_argument("sources", nargs="+", metavar="FILE")
-    task.add_argument("--from", dest="layout", choices=LAYOUTS, required=True)
+    task.add_argument("--from", dest="layout", choices=CONVERTERS, required=True)
     task.add_argument("--images", metavar="FOLDER", help="not for --from folder")
     task.add_argument("--annotations", nargs="+", default=[], metavar="FILE", help="vqa: answers")
-    task.add_argument("--split", choices=SPLITS, default="train", help="name of the shards [train]")
+    task.add_argument("--split", **split)
     task.add_argument("--per-shard", type=int, default=1000, help="samples in a shard [1000]")
     task.add_argument("--out", required=True, metavar="FOLDER")
 
     task = add_task("filter", "drop what ALIGN's rules drop", FILTER_HELP)
     task.add_argument("shards", **shards)
     task.add_argument("--against", nargs="+", default=[], metavar="SHARDS", help="evaluation sets")
-    task.add_argument("--split", choices=SPLITS, default="train", help="name of the shards [train]")
+    task.add_argument("--split", **split)
     task.add_argument("--out", required=True, metavar="FOLDER")
-    for field in dataclasses.fields(Rules):
-        flag = common.flag(field.name)
-        task.add_argument(flag, type=field.type, default=field.default, help=f"[{field.default}]")
+    for limit in dataclasses.fields(Thresholds):
+        flag = common.flag(limit.name)
+        task.add_argument(flag, type=limit.type, default=limit.default, help=f"[{limit.default}]")
     return parser
-
-
-def all_parts(patterns):
-    """As expand, but of a folder all parts, training and held-out, and those of its sub-folders."""
-    names = []
-    for pattern in itertools.chain.from_iterable(p.split("::") for p in patterns):
-        for name in expand_braces(os.path.expanduser(pattern)):
-            folder = glob.escape(name)
-            shards = sorted(glob.glob(f"{folder}/*.tar")) + sorted(glob.glob(f"{folder}/*/*.tar"))
-            names += shards if shards else [name]
-    return expand(names)
 
 
 def main(argv=None):
@@ -2914,12 +2544,10 @@ def main(argv=None):
     if task == "make":
         print(make_toy_data(**args))
     elif task == "index":
-        index = Index(all_parts(args["shards"]))
-        print(printable(index.summary()))
-        for line in index.warnings():
-            print(printable(line))
+        index = Index(expand(args["shards"], split=None))
+        print(*map(printable, [index.summary(), *index.warnings()]), sep="\n")
     elif task == "check":
-        sys.exit(int(check(all_parts(args["shards"]))))
+        sys.exit(int(check(expand(args["shards"], split=None))))
     elif task == "vocab":
         texts = first_captions(Index(expand(args["shards"])))
         tokenizer = Tokenizer.train(texts, args["size"])

@@ -4,7 +4,7 @@
     python eval.py zeroshot runs/align/last.pt --data cifar10/
     python eval.py linear runs/mug/last.pt  # without --data: the toy data
     python eval.py linear runs/mug/last.pt --random-init  # the same encoder, untrained
-    python eval.py finetune runs/mug/last.pt --data imagenet/  # trains; also segment, detect, vqa
+    python eval.py finetune runs/mug/last.pt --data imagenet/  # segment, detect, vqa likewise
     python eval.py search runs/align/last.pt --text 'a red circle left of a blue star'
     python eval.py compare runs/*/last.pt --out runs/report
     python eval.py export runs/align/last.pt --out vit.safetensors
@@ -14,17 +14,15 @@ protocols (features -> metrics), results (metrics -> a table). What follows stan
 search, pictures, checkpoints and encoder files, trained heads, command line.
 
 A model has `vision` and `held_out_view`, and is asked for encode_image, encode_text, generate,
-score, match_score where it has them. Numbers are fractions of a whole split; ranks share the work
-without padding, so that no result depends on how many there are.
+score, match_score, fused where it has them. Numbers are fractions of a whole split; ranks share
+the work without padding, so that no result depends on how many there are.
 
 Dimension key: I images, T texts, C classes, P prompts of a class, N patches, E embedding, D width.
 """
 import argparse
 import collections
-import colorsys
 import copy
 import functools
-import hashlib
 import importlib
 import json
 import math
@@ -36,7 +34,6 @@ import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -84,29 +81,22 @@ def progress(items, label, total):
         yield item
 
 
-def load_sample(index, number, view, read):
-    """-> view(image), read(sample), number; or the data.Skip that says why there is none."""
-    try:
-        sample = index[number]
-        image = view(sample.image())
-        return image, None if read is None else read(sample), number
-    except data.Skip as reason:
-        return reason
-
-
-def iter_images(index, view, read=None, numbers=None, block=512):
+def iter_images(index, view, read=None, block=256):
     """This rank's share of an index, a block at a time -> images, values, sample numbers.
 
     images: uint8 (n, 3, S, S), view(PIL image) of each; values: [read(sample)], None without read.
-    numbers (n,): only these samples, in this order. Samples of which one of the two raises
-    data.Skip are left out and counted.
+    Samples of which one of the two raises data.Skip are left out and counted.
     """
-    if numbers is None:
-        numbers = torch.arange(len(index))
-    share = rank_slice(len(numbers))
-    numbers = numbers[share.start:share.stop].tolist()
-    load = functools.partial(load_sample, index, view=view, read=read)
+    numbers = rank_slice(len(index))
     skipped = collections.Counter()
+
+    def load(number):
+        try:
+            sample = index[number]
+            return view(sample.image()), None if read is None else read(sample), number
+        except data.Skip as reason:
+            return reason
+
     starts = range(0, len(numbers), block)
     with ThreadPoolExecutor(common.cpu_count()) as pool:  # Pillow decodes outside Python's lock
         for start in progress(starts, f"reading images, blocks of {block}", len(starts)):
@@ -136,29 +126,28 @@ def in_batches(fn, cfg, device, *rows, size=256):
     return torch.cat(parts)
 
 
-def embed_samples(model, index, cfg, device, fn, read=None, numbers=None, half=False):
+def check_evaluated(n, index):
+    if n == 0:
+        raise UserError(f"none of the {len(index)} samples of {index.paths[0]} ... can be "
+                        "evaluated: python data.py check lists what is wrong")
+
+
+def embed_samples(model, index, cfg, device, fn, read=None):
     """Every usable image of an index through fn, on the CPU.
 
     -> features (I, ...) of all ranks, [read(sample)] of this rank's share, sample numbers (I,).
-    half: keep the features in float16. UserError where no sample is usable.
     """
-
-    def run(images):
-        out = in_batches(fn, cfg, device, images)
-        return out.half() if half else out
-
     size = model.vision.image_size
-    features = [run(torch.zeros(0, 3, size, size, dtype=torch.uint8))]  # for a rank without images
+    no_images = torch.zeros(0, 3, size, size, dtype=torch.uint8)  # for a rank without any
+    features = [in_batches(fn, cfg, device, no_images)]
     values = []
     ids = []
-    for images, block_values, block_ids in iter_images(index, model.held_out_view, read, numbers):
-        features.append(run(images))
+    for images, block_values, block_ids in iter_images(index, model.held_out_view, read):
+        features.append(in_batches(fn, cfg, device, images))
         values += block_values
         ids += block_ids
     ids = all_gather_rows(torch.tensor(ids, dtype=torch.long))
-    if not len(ids):
-        raise UserError(f"none of the {len(index)} samples of {index.paths[0]} ... can be "
-                        "evaluated, for the reasons above")
+    check_evaluated(len(ids), index)
     return all_gather_rows(torch.cat(features)), values, ids
 
 
@@ -173,10 +162,9 @@ def embed_images(model, index, cfg, device, fn=None):
     return features, ids
 
 
-def embed_labelled(model, index, cfg, device, fn, half=False):
+def embed_labelled(model, index, cfg, device, fn):
     """The same for the images that have a class -> features, classes (I,), sample numbers (I,)."""
-    features, labels, ids = embed_samples(
-        model, index, cfg, device, fn, data.Sample.label, half=half)
+    features, labels, ids = embed_samples(model, index, cfg, device, fn, data.Sample.label)
     return features, all_gather_rows(torch.tensor(labels, dtype=torch.long)), ids
 
 
@@ -188,9 +176,7 @@ def tokenize(tokenizer, texts, context):
         ids, is_token = tokenizer.pad(text, context)
         tokens[row] = torch.as_tensor(ids)
         valid[row] = torch.as_tensor(is_token)
-    longest = 1
-    if texts:
-        longest = int(valid.sum(1).max())
+    longest = int(valid.sum(1).max()) if texts else 1
     return tokens[:, :longest], valid[:, :longest]
 
 
@@ -392,64 +378,6 @@ def linear_probe(train, train_labels, test):
         best = max((best, best - step, best + step), key=score)
     fit = logistic_regression(train, train_labels, 10.0**best, fits[best], max_iter=1000)
     return predict(fit, test.double() - center)
-
-
-class AttentiveProbe(nn.Module):
-    """LCL's frozen protocol: one learned query pools the patch tokens, then a linear classifier.
-
-    Departure: LCL's norms of keys and of values are one here; the maps behind it absorb the gains.
-    """
-
-    def __init__(self, dim, classes):
-        super().__init__()
-        self.heads = math.gcd(dim, max(1, dim // 64))  # 64 wide, as lcl.py's pool
-        self.query = nn.Parameter(torch.randn(dim))
-        self.norm = nn.LayerNorm(dim)
-        self.q = nn.Linear(dim, dim)
-        self.k = nn.Linear(dim, dim)
-        self.v = nn.Linear(dim, dim)
-        self.out = nn.Linear(dim, dim)
-        self.norm_pooled = nn.LayerNorm(dim)
-        self.head = nn.Linear(dim, classes)
-        self.apply(common.init_weights)
-
-    def forward(self, tokens):  # (B, N, D) -> (B, C)
-        x = self.norm(tokens)
-        q = self.q(self.query).expand(len(x), 1, -1)  # (B, 1, D)
-        q, k, v = (common.split_heads(part, self.heads) for part in (q, self.k(x), self.v(x)))
-        pooled = common.attention(q, k, v).flatten(1)  # (B, H, 1, D/H) -> (B, D)
-        return self.head(self.norm_pooled(self.out(pooled)))
-
-
-def attentive_probe(train, train_labels, test, device="cpu", epochs=20, batch=256):
-    """Train an AttentiveProbe and let it classify -> labels (M,).
-
-    train (N, patches, D), train_labels (N,), test (M, patches, D). LCL's numbers were not
-    available; ours: AdamW, 1e-3, decay 0.05, 20 epochs or at least 500 steps, cosine.
-    """
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        probe = AttentiveProbe(train.shape[2], int(train_labels.max()) + 1).to(device)
-    optimizer = common.adamw(probe, wd=0.05, betas=(0.9, 0.95))
-    generator = torch.Generator().manual_seed(0)
-    steps_per_epoch = math.ceil(len(train) / batch)
-    epochs = max(epochs, 500 // steps_per_epoch)
-    steps = epochs * steps_per_epoch
-
-    for step in progress(range(steps), "training the attentive probe", steps):
-        if step % steps_per_epoch == 0:
-            batches = torch.randperm(len(train), generator=generator).split(batch)
-        rows = batches[step % steps_per_epoch]
-        for group in optimizer.param_groups:
-            group["lr"] = common.cosine_lr(step, steps, steps // 10, 1e-3)
-        logits = probe(train[rows].float().to(device))
-        loss = F.cross_entropy(logits, train_labels[rows].to(device))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    with torch.no_grad():
-        return torch.cat([probe(x.float().to(device)).argmax(1).cpu() for x in test.split(batch)])
 
 
 def words(text):
@@ -766,7 +694,6 @@ def vqa_accuracy(answer, answers):
 BASELINES = {
     "_random": "untrained encoder",
     "_majority": "most frequent answer",
-    "_mean_box": "mean box",
     "_other_image": "another image",
     "_chance": "chance",
 }
@@ -791,14 +718,6 @@ def class_templates(paths):
             raise UserError(f"template {template!r} beside {paths[0]} has no place for the class: "
                             "write {} or {c} where its name belongs")
     return templates
-
-
-def fill_templates(templates, names):
-    """-> all prompts of the first class, then of the second, ..."""
-    prompts = []
-    for name in names:
-        prompts += [template.replace("{c}", name).replace("{}", name) for template in templates]
-    return prompts
 
 
 def check_labels(labels, names, paths):
@@ -855,19 +774,18 @@ def rerank(sim, score, k=16):
     return all_gather_rows(sim.scatter(1, best, value))
 
 
-def match_scorer(model, tokenizer, index, ids, texts, cfg, device):
-    """-> score(images (n,), texts (n,)) = model.match_score of these samples `ids` and texts.
+def match_scorer(model, tokenizer, index, texts, cfg, device):
+    """-> score(images (n,), texts (n,)) = model.match_score of captioned images and texts.
 
-    The tokens of all images are kept in memory, in half precision.
+    The tokens of all images are kept in memory.
     """
-    image_tokens, _, _ = embed_samples(
-        model, index, cfg, device, model.vision, numbers=ids, half=True)
+    image_tokens, _, _ = embed_samples(model, index, cfg, device, model.vision, read_captions)
     tokens, valid = tokenize(tokenizer, texts, cfg.context)
 
     def score(images, texts):
         scores = [torch.zeros(0)]
         for i, t in zip(images.split(256), texts.split(256)):
-            rows = (image_tokens[i].float(), tokens[t], valid[t])
+            rows = (image_tokens[i], tokens[t], valid[t])
             scores.append(in_batches(model.match_score, cfg, device, *rows))
         return torch.cat(scores)
 
@@ -878,46 +796,30 @@ def zeroshot(model, tokenizer, paths, cfg, device):
     """Zero-shot accuracy by class names in prompts (CLIP).
 
     Every template beside the shards is filled with every class name; every image competes among
-    all classes. With match_score also _itm: each image's 16 best classes in the order of the mean
-    score of their prompts.
+    all classes.
     """
     names = class_names(paths)
     templates = class_templates(paths)
     index = data.open_index(paths, "test")
-    image, labels, ids = embed_labelled(model, index, cfg, device, model.encode_image)
+    image, labels, _ = embed_labelled(model, index, cfg, device, model.encode_image)
     check_labels(labels, names, paths)
 
-    prompts = fill_templates(templates, names)
+    prompts = []
+    for name in names:
+        prompts += [template.replace("{c}", name).replace("{}", name) for template in templates]
     text = encode_texts(model, tokenizer, prompts, cfg, device)
     classifier = prompt_ensemble(text.unflatten(0, (len(names), len(templates))))
-    scores = {"": image @ classifier.T}
-    if hasattr(model, "match_score"):
-        match = match_scorer(model, tokenizer, index, ids, prompts, cfg, device)
-        scores["_itm"] = rerank(scores[""], class_match(match, len(templates)))
+    scores = image @ classifier.T
+    predicted = labels.where(ranks(scores, labels) < 1, -1)
 
     rows = []
     for suffix, group in seen_and_unseen(paths, names, labels).items():
-        for mark in scores:
-            rows += class_rows(f"zeroshot{suffix}{mark}", scores[mark][group], labels[group])
-        rows.append((f"zeroshot{suffix}_chance", 1 / len(names), int(group.sum())))
-    return rows
-
-
-def class_match(match, n_prompts):
-    """match(images, prompts) -> fn(images, classes): the mean over the prompts of each class."""
-
-    def mean_match(images, classes):
-        first = classes * n_prompts
-        return torch.stack([match(images, first + i) for i in range(n_prompts)]).mean(0)
-
-    return mean_match
-
-
-def class_rows(metric, scores, labels):
-    right = ranks(scores, labels) < 1
-    rows = top1_and_per_class(metric, labels.where(right, -1), labels)
-    if scores.shape[1] > 5:
-        rows.append((f"{metric}_top5", accuracy(scores, labels, 5), len(labels)))
+        metric = f"zeroshot{suffix}"
+        n = int(group.sum())
+        rows += top1_and_per_class(metric, predicted[group], labels[group])
+        rows.append((f"{metric}_chance", 1 / len(names), n))
+        if len(names) > 5:
+            rows.append((f"{metric}_top5", accuracy(scores[group], labels[group], 5), n))
     return rows
 
 
@@ -935,7 +837,7 @@ def retrieval(model, tokenizer, paths, cfg, device):
         texts = []
         for i in ids.tolist():
             texts += read_captions(index[i])
-        match = match_scorer(model, tokenizer, index, ids, texts, cfg, device)
+        match = match_scorer(model, tokenizer, index, texts, cfg, device)
 
         def match_text_first(texts, images):
             return match(images, texts)
@@ -946,6 +848,13 @@ def retrieval(model, tokenizer, paths, cfg, device):
     return rows
 
 
+def chance_recall(owner, ks=(1, 5, 10)):
+    """What recall_at_k would be for random scores, if they were drawn anew for each text."""
+    own = owner.bincount().double()  # texts of each image
+    i2t = {k: (1 - (1 - min(1, k / len(owner))) ** own).mean().item() for k in ks}
+    return {"i2t": i2t, "t2i": {k: min(1, k / len(own)) for k in ks}}
+
+
 def recall_rows(recall, owner, mark=""):
     """recall as recall_at_k gives it; each image of owner has a text."""
     n_queries = {"i2t": int(owner.max()) + 1, "t2i": len(owner)}
@@ -954,19 +863,6 @@ def recall_rows(recall, owner, mark=""):
         for k, value in values.items():
             rows.append((f"{direction}_r{k}{mark}", value, n_queries[direction]))
     return rows
-
-
-def chance_recall(owner, ks=(1, 5, 10)):
-    """What recall_at_k would be on average for random scores; each image has a text."""
-    n_texts = len(owner)
-    own = owner.bincount().tolist()  # texts of each image
-    recall = {"i2t": {}, "t2i": {}}
-    for k in ks:
-        drawn = math.comb(n_texts, min(k, n_texts))
-        misses = [math.comb(n_texts - n, min(k, n_texts)) / drawn for n in own]
-        recall["i2t"][k] = 1 - sum(misses) / len(own)
-        recall["t2i"][k] = min(1, k / len(own))
-    return recall
 
 
 def training_shards(paths):
@@ -983,7 +879,7 @@ def training_shards(paths):
     return []
 
 
-def frozen_features(model, paths, cfg, device, fn, half=False):
+def frozen_features(model, paths, cfg, device, fn):
     """fn of the labelled training images and of the held-out ones: what a probe needs.
 
     -> train (N, ...), train_labels (N,), test (M, ...), labels (M,). Held-out images of a class
@@ -991,12 +887,12 @@ def frozen_features(model, paths, cfg, device, fn, half=False):
     """
     train_paths = training_shards(paths)
     if not train_paths:
-        raise UserError("knn, linear and attentive also need labelled training shards, and there "
-                        f"are none beside {paths[0]} or one folder up: add train-*.tar")
+        raise UserError("knn and linear also need labelled training shards, and there are none "
+                        f"beside {paths[0]} or one folder up: add train-*.tar")
     train_index = data.open_index(train_paths, "train")
     index = data.open_index(paths, "test")
-    train, train_labels, _ = embed_labelled(model, train_index, cfg, device, fn, half)
-    test, labels, _ = embed_labelled(model, index, cfg, device, fn, half)
+    train, train_labels, _ = embed_labelled(model, train_index, cfg, device, fn)
+    test, labels, _ = embed_labelled(model, index, cfg, device, fn)
     known = torch.isin(labels, train_labels)
     if not known.any():
         raise UserError(f"no image of {paths[0]} ... has a class that one of {train_paths[0]} ... "
@@ -1005,7 +901,7 @@ def frozen_features(model, paths, cfg, device, fn, half=False):
 
 
 def probe_rows(name, predicted, labels):
-    """Accuracy of a probe, and of always answering the most frequent held-out class."""
+    """Accuracy; _majority: of always answering the most frequent held-out class."""
     majority = int(labels.bincount().max()) / len(labels)
     rows = top1_and_per_class(name, predicted, labels)
     return rows + [(f"{name}_majority", majority, len(labels))]
@@ -1049,13 +945,6 @@ def probes_and_untrained(model, tokenizer, paths, cfg, device):
     return rows
 
 
-def attentive(model, tokenizer, paths, cfg, device):
-    """Accuracy of LCL's attentive probe on the patch tokens, all of which are kept in memory."""
-    features = frozen_features(model, paths, cfg, device, model.vision.patch_tokens, half=True)
-    train, train_labels, test, labels = features
-    return probe_rows("attentive", attentive_probe(train, train_labels, test, device), labels)
-
-
 CAPTION_LENGTH = 40  # tokens, ours
 
 
@@ -1073,7 +962,7 @@ def caption(model, tokenizer, paths, cfg, device):
     if has_classes:
         labels = all_gather_rows(torch.tensor(values, dtype=torch.long))
         return named_class_rows(captions, labels, paths)
-    return reference_rows(model, tokenizer, index, captions, ids, cfg, device)
+    return reference_rows(model, tokenizer, index, captions, ids.tolist(), cfg, device)
 
 
 def named_class_rows(captions, labels, paths):
@@ -1087,9 +976,8 @@ def named_class_rows(captions, labels, paths):
     rows = []
     for suffix, group in seen_and_unseen(paths, names, labels).items():
         n = int(group.sum())
-        majority = int(labels[group].bincount().max()) / n
         rows.append((f"named{suffix}", is_named[group].mean().item(), n))
-        rows.append((f"named{suffix}_majority", majority, n))
+        rows.append((f"named{suffix}_majority", int(labels[group].bincount().max()) / n, n))
     return rows
 
 
@@ -1098,7 +986,7 @@ def reference_rows(model, tokenizer, index, captions, ids, cfg, device):
 
     _other_image: each reference with the caption of another image, or given another image.
     """
-    references = [read_captions(index[i]) for i in ids.tolist()]
+    references = [read_captions(index[i]) for i in ids]
     others = captions[-1:] + captions[:-1]
     rows = [
         ("bleu4", bleu(captions, references)[3], len(ids)),
@@ -1107,26 +995,21 @@ def reference_rows(model, tokenizer, index, captions, ids, cfg, device):
         ("cider_other_image", cider(others, references), len(ids)),
     ]
     if hasattr(model, "score"):
-        share = rank_slice(len(ids))
-        texts = [refs[0] for refs in references[share.start:share.stop]]
-        text_rows = tokenize(tokenizer, texts, cfg.context)
-        for metric, numbers in (("nats_per_token", ids),
-                                ("nats_per_token_other_image", ids.roll(1))):
-            cost = nats_per_token(model, index, numbers, text_rows, cfg, device)
+        first = [refs[0] for refs in references]
+        for metric, texts in (("nats_per_token", first),
+                              ("nats_per_token_other_image", first[1:] + first[:1])):
+            text_of = dict(zip(ids, texts))
+            cost = nats_per_token(model, tokenizer, index, text_of, cfg, device)
             rows.append((metric, cost, len(ids)))
     return rows
 
 
-def nats_per_token(model, index, numbers, text_rows, cfg, device):
-    """Mean cost of a token of this rank's texts, each given the image in its place in numbers."""
-    tokens, valid = text_rows
+def nats_per_token(model, tokenizer, index, text_of, cfg, device):
+    """Mean cost of a token of {sample number: text}, each given the image of its sample."""
     scores = [torch.zeros(0)]
-    stop = 0
-    for images, _, _ in iter_images(index, model.held_out_view, numbers=numbers):
-        start = stop
-        stop += len(images)
-        batch = (images, tokens[start:stop], valid[start:stop])
-        scores.append(in_batches(model.score, cfg, device, *batch))
+    for images, _, ids in iter_images(index, model.held_out_view, read_captions):
+        tokens, valid = tokenize(tokenizer, [text_of[i] for i in ids], cfg.context)
+        scores.append(in_batches(model.score, cfg, device, images, tokens, valid))
     return -all_gather_rows(torch.cat(scores).double()).mean().item()
 
 
@@ -1135,10 +1018,10 @@ PROTOCOLS = {
     "retrieval": retrieval,
     "knn": functools.partial(frozen_accuracy, ("knn",)),
     "linear": functools.partial(frozen_accuracy, ("linear",)),
-    "attentive": attentive,
     "caption": caption,
 }
-NEEDS = {"zeroshot": "encode_text", "retrieval": "encode_text", "caption": "generate"}
+NEEDS = {"zeroshot": "encode_text", "retrieval": "encode_text", "caption": "generate",
+         "vqa": "fused"}
 
 
 def supports(model, task):
@@ -1147,25 +1030,18 @@ def supports(model, task):
 
 # ---- results ----
 
-def first_sample(index):
-    """The first sample whose record can be read, or None."""
+def kind_of(index):
+    """What shards hold, by their first readable sample: "captions", "classes" or "documents"."""
     for i in range(len(index)):
         try:
             sample = index[i]
-            sample.json  # raises Skip where it cannot be read
-            return sample
+            if sample.is_document():
+                return "documents"
+            if sample.has_label() and not sample.has_caption():
+                return "classes"
+            return "captions"
         except data.Skip:
             continue
-    return None
-
-
-def kind_of(index):
-    """What shards hold, by their first readable sample: "captions", "classes" or "documents"."""
-    sample = first_sample(index)
-    if sample is not None and sample.is_document():
-        return "documents"
-    if sample is not None and sample.has_label() and not sample.has_caption():
-        return "classes"
     return "captions"
 
 
@@ -1182,16 +1058,18 @@ def protocols_for(model, paths):
     return {task: protocol for task, protocol in tasks.items() if supports(model, task)}
 
 
-def try_protocol(protocol, *args):
-    """-> its rows, None; or [], the reason why it cannot run on these data."""
-    try:
-        return protocol(*args), None
-    except UserError as error:
-        return [], str(error)
-    except Exception as error:
-        if world_size() > 1:  # the other ranks would wait for this one
-            raise
-        return [], f"{type(error).__name__}: {common.one_line(error)}"
+def run_protocols(model, tokenizer, patterns, cfg, device):
+    """What these shards and this model allow -> a pattern, task, rows, None; or [], reason."""
+    for pattern in patterns:
+        paths = data.expand(pattern, "test")
+        for task, protocol in protocols_for(model, paths).items():
+            rows = []
+            reason = None
+            try:
+                rows = protocol(model, tokenizer, paths, cfg, device)
+            except UserError as error:
+                reason = str(error)
+            yield pattern, task, rows, reason
 
 
 def format_value(metric, value):
@@ -1202,47 +1080,49 @@ def format_value(metric, value):
     return f"{100 * value:.1f} %"
 
 
-def is_baseline(metric, metrics):
-    return any(metric == other + suffix for other in metrics for suffix in BASELINES)
+def shown(rows):
+    """[(metric, value, n)] -> [(metric, value, n, baselines)] as texts.
 
-
-def baselines_of(metric, values):
-    """Text on the baselines of a metric among values {metric: value}, in brackets; or nothing."""
+    Rows that are baselines of others stand behind these, in brackets.
+    """
+    values = {metric: value for metric, value, _ in rows}
+    is_baseline = {metric + suffix for metric in values for suffix in BASELINES}
     texts = []
-    for suffix, name in BASELINES.items():
-        if metric + suffix in values:
-            texts.append(f"{name} {format_value(metric, values[metric + suffix])}")
-    return f"({', '.join(texts)})" if texts else ""
+    for metric, value, n in rows:
+        if metric in is_baseline:
+            continue
+        baselines = []
+        for suffix, name in BASELINES.items():
+            if metric + suffix in values:
+                baselines.append(f"{name} {format_value(metric, values[metric + suffix])}")
+        beside = f"({', '.join(baselines)})" if baselines else ""
+        texts.append((metric, format_value(metric, value), f"{n:,}", beside))
+    return texts
 
 
 def table(rows):
     """[(metric, value, n)] as lines of text; baselines stand in the line of their metric."""
-    values = {metric: value for metric, value, _ in rows}
     lines = []
-    for metric, value, n in rows:
-        if not is_baseline(metric, values):
-            text = f"{format_value(metric, value):>9}   n = {n:,}   {baselines_of(metric, values)}"
-            lines.append(f"  {metric:<30}{text}".rstrip())
+    for metric, value, n, baselines in shown(rows):
+        lines.append(f"  {metric:<30}{value:>9}   n = {n}   {baselines}".rstrip())
     return "\n".join(lines)
 
 
 def evaluate(model, tokenizer, cfg, device):
     """A script's own evaluation on cfg.val -> {metric: fraction}, also in out/result.json.
 
-    A protocol that cannot run is a line with its reason. The attentive probe and the heads take
-    longer and are left to the command line.
+    A protocol that cannot run is a line with its reason. Trained heads take longer and are left to
+    the command line.
     """
     if not cfg.val:
         print0("no --val: nothing held out to evaluate on")
         return {}
     rows = []
-    for pattern in cfg.val:
-        paths = data.expand(pattern, "test")
-        for task, protocol in protocols_for(model, paths).items():
-            found, reason = try_protocol(protocol, model, tokenizer, paths, cfg, device)
-            rows += [row for row in found if not row[0].endswith("_mean_per_class")]
-            if reason is not None:
-                print0(f"{task} on {pattern}: - ({reason})")
+    results = run_protocols(model, tokenizer, cfg.val, cfg, device)
+    for pattern, task, new_rows, reason in results:
+        rows += [row for row in new_rows if not row[0].endswith("_mean_per_class")]
+        if reason is not None:
+            print0(f"{task} on {pattern}: - ({reason})")
     print0(f"held out:\n{table(rows)}")
     result = {metric: value for metric, value, _ in rows}
     write_result(result, cfg)
@@ -1305,18 +1185,18 @@ def pick_samples(index, n):
 
 # ---- search ----
 
-def compose(image=None, text=None, minus=None, weights=(1, 2)):
-    """Query of unit vectors (E,): weights[0] * image + weights[1] * (text - minus), made unit.
+TEXT_WEIGHT = 2  # of texts beside an image: ALIGN s7, footnote 4
 
-    Weights of 1 and 2: ALIGN s7, footnote 4.
-    """
+
+def compose(image=None, text=None, minus=None):
+    """Query of unit vectors (E,): image + TEXT_WEIGHT * (text - minus), made unit."""
     query = 0
     if image is not None:
-        query = query + weights[0] * image
+        query = query + image
     if text is not None:
-        query = query + weights[1] * text
+        query = query + TEXT_WEIGHT * text
     if minus is not None:
-        query = query - weights[1] * minus
+        query = query - TEXT_WEIGHT * minus
     return F.normalize(query, dim=0)
 
 
@@ -1326,8 +1206,7 @@ def nearest_images(features, query, k):
     return best.values.tolist(), best.indices.tolist()
 
 
-def search(model, tokenizer, index, cfg, device, text=None, picture=None, minus=None,
-           weights=(1, 2), k=20):
+def search(model, tokenizer, index, cfg, device, text=None, picture=None, minus=None, k=20):
     """The k images of an index nearest to a text, a PIL image or both -> [(score, number)]."""
     parts = {}
     if picture is not None:
@@ -1338,7 +1217,7 @@ def search(model, tokenizer, index, cfg, device, text=None, picture=None, minus=
     if minus is not None:
         parts["minus"] = encode_texts(model, tokenizer, [minus], cfg, device)[0]
     features, ids = embed_images(model, index, cfg, device)
-    scores, rows = nearest_images(features, compose(weights=weights, **parts), k)
+    scores, rows = nearest_images(features, compose(**parts), k)
     return list(zip(scores, ids[rows].tolist()))
 
 
@@ -1398,7 +1277,10 @@ def sheet(cells, path, columns, title="", size=112):
     color name or None. A row is as tall as its longest caption, of at most four lines.
     """
     rows = [cells[i:i + columns] for i in range(0, len(cells), columns)]
-    heights = [size + 6 + LINE * max(caption_lines(cell, size) for cell in row) for row in rows]
+    heights = []
+    for row in rows:
+        captions = [wrap(text, size, 4) for image, text, _ in row if image is not None]
+        heights.append(size + 6 + LINE * max(map(len, captions), default=0))
     y = 44 if title else GAP
     width = GAP + columns * (size + GAP)
     page = Image.new("RGB", (width, y + sum(heights) + GAP * len(rows)), "white")
@@ -1410,11 +1292,6 @@ def sheet(cells, path, columns, title="", size=112):
             draw_cell(page, draw, (x, y, x + size, y + size), image, text, frame)
         y += height + GAP
     page.save(path)
-
-
-def caption_lines(cell, size):
-    image, text, _ = cell
-    return 0 if image is None else len(wrap(text, size, 4))
 
 
 def draw_cell(page, draw, box, image, text, frame):
@@ -1438,71 +1315,23 @@ def draw_cell(page, draw, box, image, text, frame):
         draw.rectangle((box[0] - 4, box[1] - 4, box[2] + 3, box[3] + 3), None, frame, 4)
 
 
-def class_color(i):
-    """Hues a golden section apart: far from each other, and the same in all pictures."""
-    return tuple(round(255 * c) for c in colorsys.hsv_to_rgb(i * 0.61803 % 1, 0.75, 0.9))
+VIRIDIS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)])
 
 
-def heat_colors(values):
-    """(...) floats in 0 .. 1 -> (..., 3) in 0 .. 255: five colors of viridis, straight between."""
-    viridis = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)])
-    return np.stack([np.interp(values, np.linspace(0, 1, 5), c) for c in viridis.T], -1)
+def overlay(image, heat):
+    """PIL picture with a map (h, w) stretched over it, colored from its least to its largest value.
 
-
-def overlay(image, what):
-    """PIL picture with `what` drawn over it; small images first grow by a whole number.
-
-    what is a float map (h, w): heat from its least to its largest value, stretched over the image;
-    or an integer mask (H, W): one color a class, 0 and below left clear; or a list of boxes
-    {"x", "y", "w", "h", "text"} in pixels of the image.
+    Small images first grow by a whole number.
     """
     image = to_pil(image)
     grow = max(1, 224 // max(image.size))
     picture = image.resize([grow * side for side in image.size], Image.NEAREST)
-    if isinstance(what, list):
-        draw_boxes(picture, what, grow)
-        return picture
-    what = torch.as_tensor(what).detach().cpu()
-    if what.is_floating_point():
-        values = what.float().numpy()
-        values = (values - values.min()) / max(np.ptp(values), 1e-12)
-        colors = heat_colors(np.asarray(Image.fromarray(values).resize(picture.size)))
-        opacity = 0.55
-    else:
-        assert what.shape == image.size[::-1], f"mask {tuple(what.shape)}, image {image.size}"
-        mask = what.long().numpy().repeat(grow, 0).repeat(grow, 1).clip(0)
-        colors = np.array([class_color(i) for i in range(mask.max() + 1)])[mask]
-        opacity = 0.55 * (mask > 0)[..., None]
-    blended = (1 - opacity) * np.asarray(picture) + opacity * colors
+    heat = heat.detach().float().cpu().numpy()
+    heat = (heat - heat.min()) / max(np.ptp(heat), 1e-12)
+    heat = np.asarray(Image.fromarray(heat).resize(picture.size))
+    colors = np.stack([np.interp(heat, np.linspace(0, 1, 5), c) for c in VIRIDIS.T], -1)
+    blended = 0.45 * np.asarray(picture) + 0.55 * colors
     return Image.fromarray(blended.round().astype(np.uint8))
-
-
-def draw_boxes(picture, boxes, scale):
-    """Outlines of boxes {"x", "y", "w", "h", "text"} times scale, each with its text on top."""
-    draw = ImageDraw.Draw(picture)
-    for i, box in enumerate(boxes):
-        x, y, w, h = (scale * box[key] for key in "xywh")
-        color = class_color(i)
-        draw.rectangle((x, y, x + max(w, 1) - 1, y + max(h, 1) - 1), None, color, 2)
-        text = "".join(wrap(box.get("text", ""), picture.width - 8, 1))
-        if text:
-            width = FONT.getlength(text) + 8
-            x = max(0, min(x, picture.width - width))
-            y = max(0, y - LINE)
-            draw.rectangle((x, y, x + width - 1, y + LINE), color)
-            draw.text((x + 4, y + 8), text, "black" if sum(color) > 400 else "white", FONT, "lm")
-
-
-def read_log(path):
-    """Records of a log.jsonl, without lines that are not JSON: a kill may cut the last."""
-    records = []
-    with open(path, errors="replace") as f:
-        for line in f:
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                continue
-    return records
 
 
 def curves(log_path, path, fields, title=""):
@@ -1510,7 +1339,13 @@ def curves(log_path, path, fields, title=""):
 
     Values that are missing, null or not finite are left out.
     """
-    records = read_log(log_path)
+    records = []
+    with open(log_path, errors="replace") as f:
+        for line in f:
+            try:
+                records.append(json.loads(line))
+            except ValueError:  # the last line, cut by a kill
+                continue
     columns = min(2, len(fields))
     width = 470
     height = 200
@@ -1556,17 +1391,14 @@ def draw_panel(draw, box, name, points):
 METHODS = {"ALIGN": "align", "MUG": "mug", "LCL": "lcl", "TiMix": "timix", "M3I": "m3i"}
 
 
-def load_model(path, device, heads=None):
-    """A checkpoint of a script, or an encoder file -> model, tokenizer, cfg, hash of the file.
-
-    heads: of an encoder file that does not say how many it has.
-    """
-    digest = file_digest(path)
+def load_model(path, device):
+    """A checkpoint of a script -> model, tokenizer, cfg."""
     try:
         state = common.read_checkpoint(path)
-    except ValueError:  # an encoder file?
-        model, cfg = load_encoder(path, heads)
-        return model.to(device).eval(), data.Tokenizer(), cfg, digest
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: give last.pt of a run")
+    except ValueError as error:
+        raise UserError(f"{error}: give last.pt of a run; an encoder file starts one with --init")
     method = state["method"]
     if method not in METHODS:
         raise UserError(f"{path} is a checkpoint of {method}: known are {', '.join(METHODS)}")
@@ -1578,62 +1410,7 @@ def load_model(path, device, heads=None):
     except (TypeError, RuntimeError) as error:
         raise UserError(f"{path} was written by another version of {METHODS[method]}.py "
                         f"({common.one_line(error)}): use that version, or train again")
-    return model.to(device).eval(), data.Tokenizer.loads(state["vocab"]), cfg, digest
-
-
-def file_digest(path):
-    """First 12 hex digits of the SHA-256 of a file."""
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as f:
-            for block in iter(functools.partial(f.read, 2**20), b""):
-                digest.update(block)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): give last.pt of a run, or an "
-                        "encoder file")
-    return digest.hexdigest()[:12]
-
-
-class Encoder(nn.Module):
-    """A vision transformer alone, from a file under timm's names."""
-
-    def __init__(self, cfg):
-        super().__init__()
-        self.vision = common.ViT(cfg.image_size, cfg.patch, cfg.dim, cfg.depth, cfg.heads,
-                                 cls=cfg.cls, mean=cfg.mean, std=cfg.std)
-
-    def encode_image(self, images):
-        """(B, 3, S, S) -> (B, D), unit length: the mean patch."""
-        return common.l2_normalize(self.vision.patch_tokens(images).mean(1))
-
-    def held_out_view(self, image):
-        """MAE's evaluation: the short side to 256/224 of the input size, then a central crop."""
-        side = min(image.size) * 224 / 256
-        box = ((image.width - side) / 2, (image.height - side) / 2, side, side)
-        return data.crop(image, box, self.vision.image_size)
-
-
-def load_encoder(path, heads=None):
-    """An encoder file -> Encoder, and a cfg of its sizes."""
-    tensors, meta = read_encoder(path)
-    sizes = encoder_sizes(tensors, meta)
-    if heads is not None:
-        sizes["heads"] = heads
-    if sizes["heads"] is None:
-        raise UserError(f"{path} does not say how many heads a width of {sizes['dim']} has: "
-                        "give --heads")
-    cfg = SimpleNamespace(
-        **sizes,
-        image_size=math.isqrt(tensors["pos_embed"].shape[1]) * sizes["patch"],
-        cls="cls_token" in tensors,
-        mean=json.loads(meta.get("mean", "[0.5, 0.5, 0.5]")),
-        std=json.loads(meta.get("std", "[0.5, 0.5, 0.5]")),
-        precision="auto",
-        seed=0,
-    )
-    model = Encoder(cfg)
-    init_encoder(model.vision, path)
-    return model, cfg
+    return model.to(device).eval(), data.Tokenizer.loads(state["vocab"]), cfg
 
 
 def read_safetensors(path):
@@ -1744,8 +1521,6 @@ def init_encoder(vision, path):
     elif "cls_token" not in tensors:
         tensors["cls_token"] = own["cls_token"]
         cls = own["pos_embed"][:, :1]
-    elif cls.shape[1] == 0:  # some files have a class token without a position: there it is zero
-        cls = torch.zeros_like(own["cls_token"])
     tensors["pos_embed"] = torch.cat([cls, patches], 1)
     if not vision.pos_embed.requires_grad:
         tensors["pos_embed"] = own["pos_embed"]
@@ -1832,19 +1607,14 @@ def write_safetensors(path, tensors, meta):
             f.write(x.cpu().numpy().astype("<f4").tobytes())
 
 
-def export(vision, path, method, checkpoint):
+def export(vision, path):
     """A ViT under timm's names, in float32, to FILE.safetensors or FILE.pt -> its metadata.
 
     timm's models with mean pooling need fc_norm=False: ours pools after the final norm.
     """
     meta = {
         "format": "pt",
-        "method": method,
-        "checkpoint": checkpoint,
-        "image_size": str(vision.image_size),
-        "patch": str(vision.patch),
         "heads": str(vision.blocks[0].attn.heads),
-        "pooling": "avg",
         "mean": json.dumps([round(v, 6) for v in vision.mean.flatten().tolist()]),
         "std": json.dumps([round(v, 6) for v in vision.std.flatten().tolist()]),
     }
@@ -1862,13 +1632,13 @@ def export(vision, path, method, checkpoint):
 # ---- trained heads ----
 # task(model, tokenizer, paths, cfg, device, args) -> [(metric, value, n)]. A head is a module with
 # `vision`, forward and loss(batch). It starts from a copy of the model's encoder and is trained,
-# encoder included, on the training part beside the held-out shards.
+# encoder included unless the recipe says frozen, on the training part beside the held-out shards.
 # Departure from MAE's fine-tuning: no mixup, cutmix, RandAugment, erasing or stochastic depth.
 
 @dataclass
 class Recipe:
     """How an encoder and its head are trained. The defaults are MAE's for fine-tuning ViT-B."""
-    epochs: float = 100  # MAE
+    epochs: float = 100.0  # MAE
     batch: int = 1024  # MAE; at most an eighth of the training images (ours)
     lr: float = 2e-3  # MAE: 5e-4 for 256 images, so this for 1024; not scaled with --batch
     min_lr: float = 1e-6  # MAE
@@ -1877,49 +1647,41 @@ class Recipe:
     layer_decay: float = 0.65  # MAE: rate of a layer over that of the layer above
     min_area: float = 0.08  # MAE: of the random resized crop, as a share of the image
     frozen: bool = False  # train the head alone
-    percent: float = 100.0  # of the training images
     seed: int = 0  # ours
 
 
 RECIPES = {
     "finetune": Recipe(),
     # rate, batch and length of a public run of MAE's ViT-B on ADE20K; the rest is ours
-    "segment": Recipe(epochs=128, batch=16, lr=8e-5, layer_decay=0.8, min_area=0.25),
+    "segment": Recipe(epochs=128.0, batch=16, lr=8e-5, layer_decay=0.8, min_area=0.25),
     # ours, near ViTDet's
-    "detect": Recipe(epochs=100, batch=64, lr=1e-4, layer_decay=0.7, wd=0.1, min_area=0.25),
+    "detect": Recipe(epochs=100.0, batch=64, lr=1e-4, layer_decay=0.7, wd=0.1, min_area=0.25),
+    # ours; the encoder is frozen, which is LCL's
+    "attentive": Recipe(epochs=20.0, batch=256, lr=1e-3, frozen=True),
     # ALBEF's, but for the rate
-    "vqa": Recipe(epochs=8, batch=256, lr=1e-4, layer_decay=1.0, wd=0.02),
+    "vqa": Recipe(epochs=8.0, batch=256, lr=1e-4, layer_decay=1.0, wd=0.02),
 }
 # toy data and small models: about a minute on two CPU cores (ours)
 TOY_RECIPES = {
     "finetune": dict(epochs=12, batch=64, lr=3e-3, layer_decay=0.9, min_area=0.5),
     "segment": dict(epochs=0.9, batch=64, lr=8e-3, layer_decay=1.0, min_area=0.8),
     "detect": dict(epochs=0.7, batch=64, lr=3e-3, layer_decay=0.9, min_area=0.8),
+    "attentive": dict(epochs=16, batch=64, lr=3e-3, min_area=0.8),
     "vqa": dict(epochs=0.9, batch=64, lr=2e-3),
 }
 
 
-def default_values(name):
-    """What the recipes say about a flag, for its help."""
-    values = []
-    for task, recipe in RECIPES.items():
-        values.append(f"{task} {getattr(recipe, name):g}, toy data {TOY_RECIPES[task][name]:g}")
-    return f"[{'; '.join(values)}]"
-
-
-def add_head_arguments(parser):
-    parser.add_argument("--epochs", type=float,
-                        help="passes over the training images; MAE's for finetune, ALBEF's for "
-                             f"vqa, else ours {default_values('epochs')}")
-    parser.add_argument("--batch", type=int,
-                        help="images a step on all ranks, at most an eighth of them; MAE's for "
-                             f"finetune, ALBEF's for vqa, else ours {default_values('batch')}")
-    parser.add_argument("--lr", type=float,
-                        help="highest learning rate, between warm-up and cosine; MAE's for "
-                             "finetune, a public MAE run's for segment, else ours; little data "
-                             f"wants more {default_values('lr')}")
-    parser.add_argument("--percent", type=float,
-                        help="how much of the training images to use, of each class alike [100]")
+def add_head_arguments(parser, task):
+    texts = {
+        "epochs": "passes over the training images",
+        "batch": "images a step on all ranks, at most an eighth of them",
+        "lr": "highest learning rate, between warm-up and cosine",
+    }
+    for name, text in texts.items():
+        default = getattr(RECIPES[task], name)
+        toy_default = TOY_RECIPES[task].get(name, default)
+        parser.add_argument(f"--{name}", type=type(default),
+                            help=f"{text} [{default:g}; toy data {toy_default:g}]")
     parser.add_argument("--frozen", action="store_true", default=None,
                         help="train the head alone and leave the encoder as it is")
 
@@ -1929,14 +1691,12 @@ def recipe_for(task, args):
     recipe = RECIPES[task]
     if args.data is None:
         recipe = replace(recipe, **TOY_RECIPES[task])
-    for name in ("epochs", "batch", "lr", "percent", "frozen", "seed"):
+    for name in ("epochs", "batch", "lr", "frozen", "seed"):
         if getattr(args, name, None) is not None:
             recipe = replace(recipe, **{name: getattr(args, name)})
-    for name in ("epochs", "batch", "lr", "percent"):
+    for name in ("epochs", "batch", "lr"):
         if not 0 < getattr(recipe, name) < math.inf:
             raise UserError(f"--{name} {getattr(recipe, name)}: give a number above 0")
-    if recipe.percent > 100:
-        raise UserError(f"--percent {recipe.percent}: 100 is all of the training images")
     return recipe
 
 
@@ -1953,33 +1713,14 @@ def read_records(index, read):
     return values
 
 
-def training_subset(index, percent, seed):
-    """A Subset of an index: `percent` of each class, at least one sample, drawn with the seed.
-
-    Samples without a class are a class of their own.
-    """
-    if percent == 100:
-        return torch.utils.data.Subset(index, range(len(index)))
-    labels = read_records(index, data.Sample.label)
-    sizes = collections.Counter(labels)
-    taken = collections.Counter()
-    numbers = []
-    for i in common.rng(common.Stream.HEAD, seed, 0).permutation(len(index)).tolist():
-        if taken[labels[i]] < percent * sizes[labels[i]] / 100:
-            taken[labels[i]] += 1
-            numbers.append(i)
-    return torch.utils.data.Subset(index, sorted(numbers))
-
-
-def open_parts(task, paths, recipe):
-    """-> Subset of the training part beside the held-out shards, Index of these."""
+def open_parts(task, paths):
+    """-> Index of the training part beside the held-out shards, Index of these."""
     train_paths = training_shards(paths)
     if not train_paths:
         folder = os.path.dirname(os.path.abspath(paths[0]))
         raise UserError(f"{task} also needs training shards, and there are none beside {paths[0]}: "
                         f"put train-*.tar into {folder}")
-    train = training_subset(data.open_index(train_paths), recipe.percent, recipe.seed)
-    return train, data.open_index(paths, "test")
+    return data.open_index(train_paths), data.open_index(paths, "test")
 
 
 def layer_number(name, depth):
@@ -2021,8 +1762,8 @@ def batch_size(batch, n):
 def train_head(head, train, example, recipe, cfg, device, task):
     """Train a head in place: AdamW, linear warm-up, half a cosine.
 
-    train: a Subset of an Index. example(sample, rng) -> {name: array}. Ranks share the rows of a
-    step and end with the same weights.
+    train: an Index. example(sample, rng) -> {name: array}. Ranks share the rows of a step and end
+    with the same weights.
     """
     n_rows = batch_size(recipe.batch, len(train))
     steps = max(1, round(recipe.epochs * len(train) / n_rows))
@@ -2049,10 +1790,10 @@ def train_head(head, train, example, recipe, cfg, device, task):
         optimizer.step()
         skipped += batch["skipped"]
     head.eval()
-    check_training(task, loss, skipped)
+    check_training(task, skipped, loss)
 
 
-def check_training(task, loss, skipped):
+def check_training(task, skipped, loss):
     """Say what was skipped; UserError if the last loss is not finite on all ranks."""
     counts = common.all_reduce_sum(skipped).tolist()
     reasons = [f"{n} {reason}" for reason, n in zip(data.REASONS, counts) if n]
@@ -2076,36 +1817,6 @@ def random_view(sample, rng, size, min_area):
 def whole_view(vision):
     """The view where places matter: both sides to the encoder's size, nothing cut off."""
     return functools.partial(data.resize_and_crop, size=vision.image_size, full=1.0)
-
-
-def check_evaluated(n, index):
-    if n == 0:
-        raise UserError(f"none of the {len(index)} samples of {index.paths[0]} ... can be "
-                        "evaluated: python data.py check lists what is wrong")
-
-
-def spread_samples(index, n, read):
-    """[(PIL image, read(sample))] of at most n samples spread over an index, for a picture."""
-    samples = []
-    for i in np.linspace(0, len(index) - 1, min(n, len(index))).astype(int).tolist():
-        try:
-            sample = index[i]
-            samples.append((sample.image(), read(sample)))
-        except data.Skip:
-            continue
-    return samples
-
-
-def write_sheet(task, cells, args, title):
-    """The picture of a head: TASK.png in --out."""
-    folder = args.out or f"runs/{task}"
-    path = os.path.join(folder, f"{task}.png")
-    try:
-        os.makedirs(folder, exist_ok=True)
-        sheet(cells, path, 6, title, 190)
-        print0(f"pictures: {path}")
-    except OSError as error:  # the results are still to come
-        print0(f"warning: {path} was not written ({error.strerror})")
 
 
 # -- classes --
@@ -2132,6 +1843,39 @@ class Classifier(nn.Module):
         return F.cross_entropy(logits, batch["label"], label_smoothing=0.1)  # MAE
 
 
+class AttentiveProbe(nn.Module):
+    """LCL's frozen protocol: one learned query pools the patch tokens, then a linear classifier.
+
+    Departure: LCL's norms of keys and of values are one here; the maps behind it absorb the gains.
+    """
+
+    def __init__(self, vision, classes):
+        super().__init__()
+        dim = vision.pos_embed.shape[2]
+        self.heads = math.gcd(dim, max(1, dim // 64))  # 64 wide, as lcl.py's pool
+        self.query = nn.Parameter(torch.randn(dim))
+        self.norm = nn.LayerNorm(dim)
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, dim)
+        self.out = nn.Linear(dim, dim)
+        self.norm_pooled = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, classes)
+        self.apply(common.init_weights)
+        self.vision = vision
+
+    def forward(self, images):  # (B, 3, S, S) -> (B, C)
+        x = self.norm(self.vision.patch_tokens(images))
+        q = self.q(self.query).expand(len(x), 1, -1)  # (B, 1, D)
+        q, k, v = (common.split_heads(part, self.heads) for part in (q, self.k(x), self.v(x)))
+        pooled = common.attention(q, k, v).flatten(1)  # (B, H, 1, D/H) -> (B, D)
+        return self.head(self.norm_pooled(self.out(pooled)))
+
+    def loss(self, batch):
+        logits = common.at_least_float32(self(batch["images"]))
+        return F.cross_entropy(logits, batch["label"])
+
+
 def class_example(sample, rng, size, min_area, names, paths):
     label = sample.label()
     check_labels(label, names, paths)
@@ -2141,31 +1885,33 @@ def class_example(sample, rng, size, min_area, names, paths):
 
 def finetune(model, tokenizer, paths, cfg, device, args):
     """Accuracy after fine-tuning encoder and classifier; classes of unseen.txt are left out."""
-    recipe = recipe_for("finetune", args)
+    return train_classifier("finetune", Classifier, model, paths, cfg, device, args)
+
+
+def attentive(model, tokenizer, paths, cfg, device, args):
+    """Accuracy of LCL's attentive probe, trained in the same way on the frozen encoder."""
+    return train_classifier("attentive", AttentiveProbe, model, paths, cfg, device, args)
+
+
+def train_classifier(task, Head, model, paths, cfg, device, args):
+    recipe = recipe_for(task, args)
     names = class_names(paths)
-    train, test = open_parts("finetune", paths, recipe)
-    check_held_out_classes(test, names, paths)
+    train, test = open_parts(task, paths)
+    labels = [label for label in read_records(test, data.Sample.label) if label is not None]
+    if not labels:
+        raise UserError(f"no sample of {paths[0]} ... has a class (KEY.cls): give labelled shards")
+    check_labels(labels, names, paths)  # before training
+    known = ~unseen_classes(paths, names)
 
     torch.manual_seed(recipe.seed)
-    head = Classifier(copy.deepcopy(model.vision), len(names))
+    head = Head(copy.deepcopy(model.vision), len(names))
     example = functools.partial(class_example, size=model.vision.image_size,
-                                min_area=recipe.min_area, names=names, paths=train.dataset.paths)
-    train_head(head, train, example, recipe, cfg, device, "finetune")
-    known = ~unseen_classes(paths, names)
-    return evaluate_classifier(head, test, known, model.held_out_view, cfg, device)
+                                min_area=recipe.min_area, names=names, paths=train.paths)
+    train_head(head, train, example, recipe, cfg, device, task)
+    return evaluate_classifier(task, head, test, known, model.held_out_view, cfg, device)
 
 
-def check_held_out_classes(index, names, paths):
-    """Before training: UserError where held-out labels have no names, or none can be learned."""
-    labels = [label for label in read_records(index, data.Sample.label) if label is not None]
-    if labels:
-        check_labels(torch.tensor(labels), names, paths)
-    if not labels or unseen_classes(paths, names)[labels].all():
-        raise UserError(f"no sample of {paths[0]} ... has a class (KEY.cls) that can be learned: "
-                        "give labelled shards")
-
-
-def evaluate_classifier(head, index, known, view, cfg, device):
+def evaluate_classifier(task, head, index, known, view, cfg, device):
     """Accuracy on held-out images of classes that are known (C,); _majority: of one answer."""
     predicted = []
     labels = []
@@ -2175,9 +1921,7 @@ def evaluate_classifier(head, index, known, view, cfg, device):
     rows = all_gather_rows(torch.tensor([predicted, labels], dtype=torch.long).T)
     predicted, labels = rows[known[rows[:, 1]]].T
     check_evaluated(len(labels), index)
-    majority = int(labels.bincount().max()) / len(labels)
-    rows = top1_and_per_class("finetune", predicted, labels)
-    return [*rows, ("finetune_majority", majority, len(labels))]
+    return probe_rows(task, predicted, labels)
 
 
 # -- masks --
@@ -2249,9 +1993,9 @@ def count_mask_classes(train, test, paths):
 
 
 def segment(model, tokenizer, paths, cfg, device, args):
-    """Mean IoU and pixel accuracy of a linear head on the patch tokens."""
+    """Mean IoU of a linear head on the patch tokens."""
     recipe = recipe_for("segment", args)
-    train, test = open_parts("segment", paths, recipe)
+    train, test = open_parts("segment", paths)
     classes = count_mask_classes(train, test, paths)
 
     torch.manual_seed(recipe.seed)
@@ -2259,8 +2003,6 @@ def segment(model, tokenizer, paths, cfg, device, args):
     example = functools.partial(mask_example, size=model.vision.image_size,
                                 min_area=recipe.min_area, classes=classes)
     train_head(head, train, example, recipe, cfg, device, "segment")
-    if rank() == 0:
-        draw_masks(head, test, cfg, device, args)
     return evaluate_segmenter(head, test, classes, cfg, device)
 
 
@@ -2271,38 +2013,17 @@ def predict_mask(logits, shape):
 
 
 def evaluate_segmenter(head, index, classes, cfg, device):
-    """Mean IoU (n = classes present) and pixel accuracy at the size of the stored masks.
-
-    _majority: the most frequent held-out class everywhere.
-    """
+    """Mean IoU at the size of the stored masks, n = classes present; _majority: one everywhere."""
     counts = torch.zeros(classes, classes, dtype=torch.long)
     view = whole_view(head.vision)
-    for images, masks, _ in iter_images(index, view, data.Sample.mask, block=256):
+    for images, masks, _ in iter_images(index, view, data.Sample.mask):
         for logits, mask in zip(in_batches(head, cfg, device, images), masks):
             counts += confusion(predict_mask(logits, mask.shape), torch.from_numpy(mask), classes)
     counts = common.all_reduce_sum(counts)
-    n_pixels = int(counts.sum())
-    check_evaluated(n_pixels, index)
+    check_evaluated(int(counts.sum()), index)
     constant = torch.zeros_like(counts)
     constant[:, counts.sum(1).argmax()] = counts.sum(1)
-    rows = []
-    for suffix, table in (("", counts), ("_majority", constant)):
-        rows.append((f"miou{suffix}", *iou_of_counts(table)))
-        rows.append((f"pixel_accuracy{suffix}", int(table.diag().sum()) / n_pixels, n_pixels))
-    return rows
-
-
-def draw_masks(head, index, cfg, device, args):
-    cells = []
-    for image, mask in spread_samples(index, 12, data.Sample.mask):
-        view = torch.tensor(whole_view(head.vision)(image))
-        logits, = in_batches(head, cfg, device, view[None])
-        predicted = predict_mask(logits, mask.shape).numpy()
-        cells.append((overlay(image, []), "", None))
-        cells.append((overlay(image, mask), "truth", None))
-        cells.append((overlay(image, predicted * (mask > 0)), "predicted", None))
-    title = "Held-out images, their masks, and the classes predicted where they are labelled"
-    write_sheet("segment", cells, args, title)
+    return [("miou", *iou_of_counts(counts)), ("miou_majority", *iou_of_counts(constant))]
 
 
 # -- boxes --
@@ -2462,7 +2183,7 @@ def box_example(sample, rng, size, min_area, labels, grid):
 def detect(model, tokenizer, paths, cfg, device, args):
     """Box AP of a single-scale detector on the patch tokens."""
     recipe = recipe_for("detect", args)
-    train, test = open_parts("detect", paths, recipe)
+    train, test = open_parts("detect", paths)
     trained = images_with_class(train)
     held_out = images_with_class(test)
     if not trained or not held_out:
@@ -2476,8 +2197,6 @@ def detect(model, tokenizer, paths, cfg, device, args):
     example = functools.partial(box_example, size=model.vision.image_size, labels=labels,
                                 min_area=recipe.min_area, grid=model.vision.grid)
     train_head(head, train, example, recipe, cfg, device, "detect")
-    if rank() == 0:
-        draw_detections(head, test, labels, cfg, device, args)
     train_images = {labels[name]: n for name, n in trained.items()}
     return evaluate_detector(head, test, labels, train_images, cfg, device)
 
@@ -2556,75 +2275,32 @@ def true_boxes(sample, labels, size):
 def evaluate_detector(head, index, labels, train_images, cfg, device):
     """Box AP; AP_rare, AP_common, AP_frequent: of classes by their number of training images.
 
-    Boxes are in pixels of the view, in which IoU is what it is in the image. _mean_box: mean_box().
+    Boxes are in pixels of the view, in which IoU is what it is in the image.
     """
     predictions = [torch.zeros(0, 7, dtype=torch.double)]  # image, class, x, y, w, h, score
     truths = [torch.zeros(0, 7, dtype=torch.double)]  # image, class, x, y, w, h, crowd
-    numbers = []  # of the images
     read = functools.partial(true_boxes, labels=labels, size=head.vision.image_size)
     for images, values, ids in iter_images(index, whole_view(head.vision), read):
         for i, predicted, true in zip(ids, predict_boxes(head, images, cfg, device), values):
             predictions.append(F.pad(predicted, (1, 0), value=i))
             truths.append(F.pad(true, (1, 0), value=i))
-        numbers += ids
     predictions = all_gather_rows(torch.cat(predictions))
     truths = all_gather_rows(torch.cat(truths))
-    numbers = all_gather_rows(torch.tensor(numbers, dtype=torch.double))
     check_evaluated(len(truths), index)
 
-    ap = box_ap(predictions, truths, train_images)
-    constant_ap = box_ap(mean_box(truths, numbers), truths)
-    rows = [(metric, value, len(truths)) for metric, value in ap.items()]
-    rows += [(f"{metric}_mean_box", value, len(truths)) for metric, value in constant_ap.items()]
-    return rows
-
-
-def mean_box(truths, numbers):
-    """The mean of all boxes, of the most frequent class, for each image -> (I, 7)."""
-    label = truths[:, 1].mode().values[None]
-    row = torch.cat([label, truths[:, 2:6].mean(0), torch.ones(1)])
-    return torch.cat([numbers[:, None], row.expand(len(numbers), 6)], 1)
-
-
-def box_ap(predictions, truths, train_images=None):
-    """average_precision() of rows (K, 7): image, class, x, y, w, h, score or crowd."""
     dicts = []
     for rows, last in ((predictions, "score"), (truths, "iscrowd")):
         dicts.append([{"image_id": image, "category_id": label, "bbox": box, last: value}
                       for image, label, *box, value in rows.tolist()])
-    return average_precision(*dicts, train_images)
-
-
-def named_boxes(rows, labels):
-    """Rows (K, 6): class, x, y, w, h, any -> boxes as overlay() takes them."""
-    names = list(labels)
-    boxes = []
-    for label, x, y, w, h, _ in rows.tolist():
-        boxes.append({"x": x, "y": y, "w": w, "h": h, "text": names[int(label)]})
-    return boxes
-
-
-def draw_detections(head, index, labels, cfg, device, args):
-    """True boxes, and predicted ones of a score of at least 0.3, one class at a place."""
-    read = functools.partial(true_boxes, labels=labels, size=head.vision.image_size)
-    cells = []
-    for image, truth in spread_samples(index, 12, read):
-        view = torch.tensor(whole_view(head.vision)(image))
-        predicted, = predict_boxes(head, view[None], cfg, device)
-        predicted = predicted[predicted[:, 5] >= 0.3]
-        one_class = np.zeros(len(predicted))
-        kept = nms(predicted[:, 1:5].numpy(), predicted[:, 5].numpy(), one_class)
-        cells.append((overlay(view, named_boxes(truth, labels)), "truth", None))
-        cells.append((overlay(view, named_boxes(predicted[kept], labels)), "predicted", None))
-    title = "Held-out images: true boxes, and predicted ones of a score of at least 0.3"
-    write_sheet("detect", cells, args, title)
+    ap = average_precision(*dicts, train_images)
+    return [(metric, value, len(truths)) for metric, value in ap.items()]
 
 
 # -- questions --
 
-ANSWER_TYPES = ("yes/no", "number", "other")  # VQA v2
 N_ANSWERS = 3129  # usual for VQA v2
-Question = collections.namedtuple("Question", "text answers type")
+QUESTION_LENGTH = 64  # tokens at most, ours
+Question = collections.namedtuple("Question", "text answers")
 
 
 def most_common(values):
@@ -2632,16 +2308,8 @@ def most_common(values):
     return collections.Counter(values).most_common(1)[0][0]
 
 
-def answer_type(answers):
-    if set(answers) <= {"yes", "no"}:
-        return "yes/no"
-    if all(answer.isdigit() for answer in answers):
-        return "number"
-    return "other"
-
-
 def read_question(record):
-    """{"question", "answers" or "answer", maybe "answer_type"} -> Question; None if malformed."""
+    """{"question", "answers" or "answer"} -> Question; None if malformed."""
     if not isinstance(record, dict):
         return None
     text = record.get("question")
@@ -2651,10 +2319,7 @@ def read_question(record):
     answers = [answer for answer in answers if isinstance(answer, str)]
     if not isinstance(text, str) or not answers:
         return None
-    kind = record.get("answer_type")
-    if kind not in ANSWER_TYPES:
-        kind = answer_type(answers)
-    return Question(text, answers, kind)
+    return Question(text, answers)
 
 
 def read_questions(sample):
@@ -2670,50 +2335,25 @@ def read_questions(sample):
             return questions
     label = str(sample.json.get("label")).lower()
     if label in ("true", "false", "yes", "no"):
-        return [Question(sample.captions()[0], [label], "yes/no")]
+        return [Question(sample.captions()[0], [label])]
     raise data.Skip("no question")
-
-
-class Fusion(nn.Module):
-    """For encoders without a text path: a question's tokens attend to the image's (ours)."""
-    context = 64  # tokens
-    dim = 128
-    heads = 4
-
-    def __init__(self, vision, vocab):
-        super().__init__()
-        image_dim = vision.pos_embed.shape[2]
-        self.vision = vision
-        self.text = common.TextTransformer(vocab, self.context, self.dim, 1, self.heads,
-                                           causal=False)
-        self.blocks = nn.ModuleList(
-            common.CrossBlock(self.dim, image_dim, self.heads) for _ in range(2))
-        self.norm = nn.LayerNorm(self.dim, eps=1e-6)
-        self.blocks.apply(common.init_weights)
-
-    def fused(self, images, tokens, valid):
-        """(B, 3, S, S), (B, L), (B, L) -> (B, dim): the state at the begin token."""
-        mask = valid[:, None, None, :]
-        x = self.text(tokens, valid)
-        x = common.run_blocks(self.blocks, x, self.vision(images), mask)
-        return self.norm(x)[:, 0]
 
 
 class Answerer(nn.Module):
     """The state of a question read beside an image, and a linear layer over the answers.
 
-    reader: a module with vision, and fused(images, tokens, valid) -> (B, dim).
+    model: has vision, and fused(images, tokens, valid) -> (B, dim).
     """
 
-    def __init__(self, reader, dim, answers):
+    def __init__(self, model, dim, answers):
         super().__init__()
-        self.vision = reader.vision  # first, so that its parameters' names begin with "vision."
-        self.reader = reader
+        self.vision = model.vision  # first, so that its parameters' names begin with "vision."
+        self.model = model
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, answers)
 
     def forward(self, images, tokens, valid):  # (B, 3, S, S), (B, L), (B, L) -> (B, answers)
-        return self.head(self.norm(self.reader.fused(images, tokens, valid)))
+        return self.head(self.norm(self.model.fused(images, tokens, valid)))
 
     def loss(self, batch):
         longest = int(batch["valid"].sum(1).max())  # waits for the device, but questions are short
@@ -2747,28 +2387,31 @@ def all_questions(index):
 
 
 def vqa(model, tokenizer, paths, cfg, device, args):
-    """VQA accuracy: the most frequent training answers, ranked by the method's own text path
-    (`fused`), or by a small new one where it has none."""
+    """VQA accuracy: the most frequent training answers, ranked by the method's own text path."""
     recipe = recipe_for("vqa", args)
-    train, test = open_parts("vqa", paths, recipe)
+    train, test = open_parts("vqa", paths)
     questions = all_questions(train)
     if not questions or not all_questions(test):
         raise UserError(f"no questions in the json of {paths[0]} ... or of the training shards "
                         "beside it: vqa needs \"qa\", a list of {question, answers}, or a caption "
                         "and \"label\", true or false")
     answers = frequent_answers(questions)
+    labels = {answer: i for i, answer in enumerate(answers)}
+    context = min(cfg.context, QUESTION_LENGTH)
 
     torch.manual_seed(recipe.seed)
-    reader, tokenizer, context, dim = question_reader(model, tokenizer, questions, cfg)
-    head = Answerer(reader, dim, len(answers))
-    labels = {answer: i for i, answer in enumerate(answers)}
+    head = Answerer(copy.deepcopy(model), cfg.text_dim, len(answers))
     example = functools.partial(question_example, view=whole_view(model.vision), labels=labels,
                                 tokenizer=tokenizer, context=context)
     train_head(head, train, example, recipe, cfg, device, "vqa")
-    answer = functools.partial(answer_questions, head, answers, tokenizer, context, cfg, device)
-    if rank() == 0:
-        draw_answers(answer, test, whole_view(head.vision), args)
-    return evaluate_answers(answer, majority_answers(questions), test, whole_view(head.vision))
+
+    def answer(images, questions):
+        """images (n, 3, S, S) and n Questions -> n of the answers."""
+        tokens, valid = tokenize(tokenizer, [q.text for q in questions], context)
+        best = in_batches(head, cfg, device, images, tokens, valid).argmax(1)
+        return [answers[i] for i in best.tolist()]
+
+    return evaluate_answers(answer, answers[0], test, whole_view(model.vision))
 
 
 def frequent_answers(questions):
@@ -2777,77 +2420,24 @@ def frequent_answers(questions):
     return [answer for answer, _ in counts.most_common(N_ANSWERS)]
 
 
-def question_reader(model, tokenizer, questions, cfg):
-    """A copy of the model, or a Fusion if the model reads no text beside an image.
-
-    -> module with fused(), tokenizer, context, width of what fused() gives.
-    """
-    if hasattr(model, "fused"):
-        return copy.deepcopy(model), tokenizer, min(cfg.context, Fusion.context), cfg.text_dim
-    tokenizer = data.Tokenizer.train([q.text for q in questions], 4096)
-    reader = Fusion(copy.deepcopy(model.vision), tokenizer.vocab_size)
-    return reader, tokenizer, Fusion.context, Fusion.dim
-
-
-def answer_questions(head, answers, tokenizer, context, cfg, device, images, questions):
-    """images (n, 3, S, S) and n Questions -> n of the answers."""
-    tokens, valid = tokenize(tokenizer, [q.text for q in questions], context)
-    best = in_batches(head, cfg, device, images, tokens, valid).argmax(1)
-    return [answers[i] for i in best.tolist()]
-
-
-def majority_answers(questions):
-    """{type: the most frequent answer to its questions, or to all if there are none}"""
-    guesses = dict.fromkeys(ANSWER_TYPES, most_common(most_common(q.answers) for q in questions))
-    for kind in {q.type for q in questions}:
-        guesses[kind] = most_common(most_common(q.answers) for q in questions if q.type == kind)
-    return guesses
-
-
-def evaluate_answers(answer, guesses, index, view):
-    """VQA accuracy of answer(images, questions) -> [str], of all questions and by type.
-
-    _majority: that of guesses, {type: answer}.
-    """
-    scores = []  # accuracy, accuracy of the guess, number of the type
+def evaluate_answers(answer, guess, index, view):
+    """VQA accuracy of answer(images, questions) -> [str]; _majority: of one answer to all."""
+    scores = []  # accuracy, accuracy of the guess
     for images, values, _ in iter_images(index, view, read_questions):
         questions = [q for image_questions in values for q in image_questions]
         counts = torch.tensor([len(image_questions) for image_questions in values])
         predicted = answer(images.repeat_interleave(counts, 0), questions)
         for question, text in zip(questions, predicted):
-            score = vqa_accuracy(text, question.answers)
-            guess_score = vqa_accuracy(guesses[question.type], question.answers)
-            scores.append((score, guess_score, ANSWER_TYPES.index(question.type)))
-    scores = all_gather_rows(torch.tensor(scores, dtype=torch.double).view(-1, 3))
+            scores.append((vqa_accuracy(text, question.answers),
+                           vqa_accuracy(guess, question.answers)))
+    scores = all_gather_rows(torch.tensor(scores, dtype=torch.double).view(-1, 2))
     check_evaluated(len(scores), index)
-    return answer_rows(scores)
+    accuracy, majority = scores.mean(0).tolist()
+    return [("vqa", accuracy, len(scores)), ("vqa_majority", majority, len(scores))]
 
 
-def answer_rows(scores):
-    """Rows of evaluate_answers() from (Q, 3): accuracy, that of the guess, number of the type."""
-    groups = {"vqa": scores}
-    for number, kind in enumerate(ANSWER_TYPES):
-        groups[f"vqa_{kind}"] = scores[scores[:, 2] == number]
-    rows = []
-    for metric, group in groups.items():
-        if len(group):
-            rows.append((metric, group[:, 0].mean().item(), len(group)))
-            rows.append((f"{metric}_majority", group[:, 1].mean().item(), len(group)))
-    return rows
-
-
-def draw_answers(answer, index, view, args):
-    cells = []
-    for image, questions in spread_samples(index, 12, read_questions):
-        question = questions[len(cells) % len(questions)]
-        text, = answer(torch.tensor(view(image))[None], [question])
-        right = vqa_accuracy(text, question.answers) >= 0.5
-        cells.append((image, f"{question.text} {text}", "green" if right else "red"))
-    title = "Held-out questions with the answers predicted, framed green where right"
-    write_sheet("vqa", cells, args, title)
-
-
-HEADS = {"finetune": finetune, "segment": segment, "detect": detect, "vqa": vqa}
+HEADS = {"attentive": attentive, "finetune": finetune, "segment": segment, "detect": detect,
+         "vqa": vqa}
 
 
 # ---- command line ----
@@ -2857,14 +2447,14 @@ HELP = {
     "retrieval": "recall at 1, 5, 10 between images and captions",
     "knn": "accuracy of the 20 nearest training images (DINO)",
     "linear": "accuracy of a linear probe (CLIP's)",
-    "attentive": "accuracy of an attentive probe (LCL's)",
-    "caption": "greedy captions against references, or the class's name in them",
+    "caption": "greedy captions against references",
+    "attentive": "train LCL's attentive probe on the frozen encoder",
     "finetune": "train encoder and classifier",
     "segment": "train encoder and segmentation head",
     "detect": "train encoder and detector",
     "vqa": "train encoder and answers to questions",
     "search": "images nearest to a text, an image, or both",
-    "compare": "all protocols of several checkpoints side by side",
+    "compare": "what several checkpoints can do within minutes, side by side",
     "export": "write the encoder under timm's names",
 }
 ON_LABELS = ("zeroshot", "knn", "linear", "attentive", "finetune")  # the others: on captioned pairs
@@ -2878,31 +2468,26 @@ def held_out_shards(args, part):
     return " ".join(patterns), data.expand(patterns, "test")
 
 
-def as_records(rows, task, split, digest, seed):
-    """[(metric, value, n)] -> what eval.jsonl and compare.json keep of each."""
-    records = []
+def write_results(rows, task, split, checkpoint, args):
+    """A line of JSON for each result -> the lines, which are also added to eval.jsonl in --out."""
+    lines = []
     for metric, value, n in rows:
         if value is not None and not math.isfinite(value):
             value = None
-        records.append({"metric": metric, "value": value, "n": n, "protocol": task,
-                        "split": split, "checkpoint": digest, "seed": seed})
-    return records
-
-
-def named_random(rows):
-    """The rows of an untrained encoder under names of their own; baselines keep theirs."""
-    renamed = []
-    for metric, value, n in rows:
-        if not metric.endswith(tuple(BASELINES)):
-            metric += "_random"
-        renamed.append((metric, value, n))
-    return renamed
+        record = {"metric": metric, "value": value, "n": n, "protocol": task, "split": split,
+                  "checkpoint": checkpoint, "seed": args.seed, "random_init": args.random_init}
+        lines.append(json.dumps(record))
+    if args.out is not None and rank() == 0:
+        os.makedirs(args.out, exist_ok=True)
+        with open(os.path.join(args.out, "eval.jsonl"), "a") as f:
+            f.writelines(line + "\n" for line in lines)
+    return lines
 
 
 def run_protocol(args, device):
     """One protocol or head on one checkpoint: a line of JSON for each result, then a table."""
     task = args.command
-    model, tokenizer, cfg, digest = load_model(args.checkpoint, device, args.heads)
+    model, tokenizer, cfg = load_model(args.checkpoint, device)
     if not supports(model, task):
         supported = [name for name in [*PROTOCOLS, *HEADS] if supports(model, name)]
         raise UserError(f"{task} needs {NEEDS[task]}, which {type(model).__name__} of "
@@ -2914,16 +2499,9 @@ def run_protocol(args, device):
         rows = HEADS[task](model, tokenizer, paths, cfg, device, args)
     else:
         rows = PROTOCOLS[task](model, tokenizer, paths, cfg, device)
-    if args.random_init:
-        rows = named_random(rows)
-    records = as_records(rows, task, split, digest, args.seed)
-    for record in records:
-        print0(json.dumps(record))
-    print0(f"{args.checkpoint}, {task} on {split}:\n{table(rows)}")
-    if args.out is not None and rank() == 0:
-        os.makedirs(args.out, exist_ok=True)
-        with open(os.path.join(args.out, "eval.jsonl"), "a") as f:
-            f.writelines(json.dumps(record) + "\n" for record in records)
+    print0("\n".join(write_results(rows, task, split, args.checkpoint, args)))
+    note = " with new weights" if args.random_init else ""
+    print0(f"{args.checkpoint}{note}, {task} on {split}:\n{table(rows)}")
 
 
 def read_picture(path):
@@ -2942,14 +2520,14 @@ def run_search(args, device):
     if args.k < 1:
         raise UserError(f"--k {args.k}: at least one image is needed")
     picture = None if args.image is None else read_picture(args.image)
-    model, tokenizer, cfg, _ = load_model(args.checkpoint, device, args.heads)
+    model, tokenizer, cfg = load_model(args.checkpoint, device)
     if not supports(model, "retrieval") and (args.text is not None or args.minus is not None):
         raise UserError(f"{type(model).__name__} of {args.checkpoint} reads no text: search by "
                         "--image alone")
     _, paths = held_out_shards(args, "pairs")
     index = data.open_index(paths, "test")
     found = search(model, tokenizer, index, cfg, device, args.text, picture, args.minus,
-                   args.weights, args.k)
+                   args.k)
     query = "" if args.text is None else args.text
     if args.minus is not None:
         query += f" minus {args.minus}"
@@ -2972,120 +2550,58 @@ def run_search(args, device):
 def run_export(args, device):
     if not args.out.endswith((".safetensors", ".pt")):
         raise UserError(f"--out {args.out}: export writes FILE.safetensors or FILE.pt")
-    model, _, _, digest = load_model(args.checkpoint, device, args.heads)
+    model, _, _ = load_model(args.checkpoint, device)
     if rank() == 0:
-        meta = export(model.vision, args.out, type(model).__name__, digest)
+        meta = export(model.vision, args.out)
         print0(f"{args.out}: " + ", ".join(f"{name} {value}" for name, value in meta.items()))
 
 
-def heads_for(paths):
-    """The heads that can be trained on these data, by their first record."""
-    sample = first_sample(data.open_index(paths, "test"))
-    if sample is None or not training_shards(paths):
-        return []
-    tasks = []
-    if sample.has_label() and not sample.has_caption():
-        tasks.append("finetune")
-    if "seg.png" in sample.members:
-        tasks.append("segment")
-    if "boxes" in sample.json or "segments" in sample.json:
-        tasks.append("detect")
-    is_yes_no = str(sample.json.get("label")).lower() in ("true", "false", "yes", "no")  # NLVR
-    if "qa" in sample.json or (is_yes_no and sample.has_caption()):
-        tasks.append("vqa")
-    return tasks
-
-
-def compared_protocols(model, paths, args, out):
-    """{task: protocol} of what a checkpoint can do on a data set, and with --train-heads heads."""
-    tasks = protocols_for(model, paths)
-    if "knn, linear" in tasks:
-        tasks["attentive"] = attentive
-    if args.train_heads:
-        own_args = argparse.Namespace(**vars(args))
-        own_args.out = out  # for the pictures of this checkpoint
-        for task in heads_for(paths):
-            tasks[task] = functools.partial(HEADS[task], args=own_args)
-    return tasks
-
-
 def run_compare(args, device):
-    """All that each checkpoint can do, side by side: compare.md and compare.json in --out."""
+    """What each checkpoint can do within minutes, side by side: compare.md in --out."""
     patterns = args.data
     if patterns is None:
         folder = common.main_process_first(data.make_toy_data)
         patterns = [os.path.join(folder, part) for part in ("pairs", "labels")]
-    titles = {}  # digest of a checkpoint -> title of its column
-    records = []
-    failures = []
+    columns = {}  # title of a checkpoint -> {(data, metric, n): text}
+    reasons = []
     for checkpoint in args.checkpoint:
-        model, tokenizer, cfg, digest = load_model(checkpoint, device, args.heads)
-        titles[digest] = column_title(model, checkpoint, digest, titles)
-        for pattern in patterns:
-            paths = data.expand(pattern, "test")
-            tasks = compared_protocols(model, paths, args, os.path.join(args.out, digest))
-            for task, protocol in tasks.items():
-                print0(f"{titles[digest]}: {task} on {pattern}")
-                rows, reason = try_protocol(protocol, model, tokenizer, paths, cfg, device)
-                records += as_records(rows, task, pattern, digest, args.seed)
-                if reason is not None:
-                    failures.append({"protocol": task, "split": pattern, "checkpoint": digest,
-                                     "reason": reason})
-                write_report(args.out, titles, records, failures)  # after each: nothing is lost
-    print0(report(titles, records, failures))
+        model, tokenizer, cfg = load_model(checkpoint, device)
+        title = f"{type(model).__name__}, {checkpoint}"
+        columns[title] = {}
+        results = run_protocols(model, tokenizer, patterns, cfg, device)
+        for pattern, task, rows, reason in results:
+            print0(f"{title}: {task} on {pattern}")
+            write_results(rows, task, pattern, checkpoint, args)
+            for metric, value, n, baselines in shown(rows):
+                columns[title][pattern, metric, n] = f"{value} {baselines}".rstrip()
+            if reason is not None:
+                columns[title][pattern, task, "-"] = "-"
+                reasons.append(f"{title}, {task} on {pattern}: {reason}")
+            if rank() == 0:  # after each: nothing is lost
+                os.makedirs(args.out, exist_ok=True)
+                with open(os.path.join(args.out, "compare.md"), "w", encoding="utf-8") as f:
+                    f.write(report(columns, reasons) + "\n")
+    print0(report(columns, reasons))
 
 
-def column_title(model, checkpoint, digest, taken):
-    """Method and folder of a checkpoint, and where that is taken the start of its hash."""
-    folder = os.path.basename(os.path.dirname(os.path.abspath(checkpoint)))
-    title = f"{type(model).__name__} {folder}"
-    return f"{title} {digest[:4]}" if title in taken.values() else title
-
-
-def report(titles, records, failures):
+def report(columns, reasons):
     """A Markdown table, a row a metric and a column a checkpoint; then what could not run, and why.
 
-    titles {checkpoint: title}; records as as_records makes them.
+    columns {title: {(data, metric, n): text}}.
     """
-    values = collections.defaultdict(dict)  # (data, checkpoint) -> {metric: value}
-    for r in records:
-        values[r["split"], r["checkpoint"]][r["metric"]] = r["value"]
-    cells = collections.defaultdict(dict)  # (data, metric, n) -> {checkpoint: text}
-    for r in records:
-        own = values[r["split"], r["checkpoint"]]
-        if not is_baseline(r["metric"], own):
-            text = f"{format_value(r['metric'], r['value'])} {baselines_of(r['metric'], own)}"
-            cells[r["split"], r["metric"], f"{r['n']:,}"][r["checkpoint"]] = text.rstrip()
-    for r in failures:
-        cells[r["split"], r["protocol"], "-"][r["checkpoint"]] = "-"
-    rows = [["data", "metric", "n", *titles.values()], ["---"] * (3 + len(titles))]
-    for key, texts in cells.items():
-        rows.append([*key, *[texts.get(checkpoint, "-") for checkpoint in titles]])
+    rows = [["data", "metric", "n", *columns], ["---"] * (3 + len(columns))]
+    keys = dict.fromkeys(key for cells in columns.values() for key in cells)  # each once, in order
+    for key in keys:
+        rows.append([*key, *[cells.get(key, "-") for cells in columns.values()]])
     lines = [f"| {' | '.join(row)} |" for row in rows]
-    for r in failures:
-        lines.append("")
-        lines.append(f"{r['protocol']} on {r['split']}, {titles[r['checkpoint']]}: {r['reason']}")
-    return "\n".join(lines)
-
-
-def write_report(out, titles, records, failures):
-    if rank() == 0:
-        os.makedirs(out, exist_ok=True)
-        with open(os.path.join(out, "compare.md"), "w", encoding="utf-8") as f:
-            f.write(report(titles, records, failures) + "\n")
-        contents = {"checkpoints": titles, "results": records, "failures": failures}
-        with open(os.path.join(out, "compare.json"), "w") as f:
-            json.dump(contents, f, indent=1)
+    return "\n\n".join(["\n".join(lines), *reasons])
 
 
 def add_command(commands, name, run, nargs=None):
     """A sub-command -> its parser, with the arguments that all of them have."""
     parser = commands.add_parser(name, help=HELP[name], description=HELP[name], allow_abbrev=False)
     parser.set_defaults(run=run, random_init=False)
-    parser.add_argument("checkpoint", nargs=nargs,
-                        help="last.pt of a run, or an encoder file under timm's names")
-    parser.add_argument("--heads", type=int, metavar="N",
-                        help="attention heads of an encoder file that does not say how many")
+    parser.add_argument("checkpoint", nargs=nargs, help="last.pt of a run")
     parser.add_argument("--seed", type=int, default=0, help="of new weights and training [0]")
     return parser
 
@@ -3100,11 +2616,11 @@ def make_parser():
         command = add_command(commands, name, run_protocol)
         command.add_argument("--data", nargs="+", metavar="PATH", help=shards)
         command.add_argument("--out", metavar="FOLDER", help="add the results to its eval.jsonl")
-        if name in ("knn", "linear", "attentive", *HEADS):
+        if name in ("knn", "linear", *HEADS):
             command.add_argument("--random-init", action="store_true",
                                  help="new weights of the same sizes: what training has to beat")
         if name in HEADS:
-            add_head_arguments(command)
+            add_head_arguments(command, name)
 
     command = add_command(commands, "search", run_search)
     command.add_argument("--data", nargs="+", metavar="PATH", help=shards)
@@ -3113,17 +2629,12 @@ def make_parser():
     command.add_argument("--text", help="what the images should show")
     command.add_argument("--image", metavar="FILE", help="a picture that they should resemble")
     command.add_argument("--minus", metavar="TEXT", help="what they should not show")
-    command.add_argument("--weights", nargs=2, type=float, default=(1, 2), metavar="W",
-                         help="of the picture and of the texts [1 2]")
     command.add_argument("--k", type=int, default=20, help="how many images [20]")
 
     command = add_command(commands, "compare", run_compare, nargs="+")
     command.add_argument("--data", nargs="+", metavar="PATH", help=f"{shards}; each is a data set")
     command.add_argument("--out", metavar="FOLDER", default="runs/compare",
-                         help="folder of compare.md and compare.json [runs/compare]")
-    command.add_argument("--train-heads", action="store_true",
-                         help="also finetune, segment, detect, vqa: minutes each")
-    add_head_arguments(command)
+                         help="folder of compare.md and eval.jsonl [runs/compare]")
 
     command = add_command(commands, "export", run_export)
     command.add_argument("--out", metavar="FILE", required=True, help=".safetensors or .pt")

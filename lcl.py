@@ -1,7 +1,7 @@
 """LCL (arXiv 2406.07543): a vision encoder learned from interleaved documents, by one causal pass
 of a small language model over text and images.
 
-    python lcl.py                                  # toy documents: trains, evaluates, draws
+    python lcl.py                                  # toy data: trains, evaluates, draws
     python lcl.py --docs 'mmc4/*.tar' --size b     # KEY.json (text_list, image_info), KEY.0.jpg ...
     python lcl.py --data 'cc3m/*.tar' --lr 5e-4    # pairs: a pair is a document with one image
     torchrun --standalone --nproc_per_node 8 lcl.py --docs 'mmc4/*.tar' --data 'cc3m/*.tar'
@@ -41,7 +41,7 @@ from torch import nn
 import common
 import data
 from common import (
-    Block, KVCache, UserError, ViT, all_gather, all_gather_with_grad, all_reduce_sum,
+    Block, UserError, ViT, all_gather, all_gather_with_grad, all_reduce_sum,
     at_least_float32, checkpointed_chunks, l2_normalize, print0, rank, run_blocks, split_heads,
     world_size)
 from data import Tokenizer
@@ -53,7 +53,7 @@ OBJECTIVES = {"lcl": ("gen", "con"), "gen": ("gen",), "con": ("con",), "gen+reg"
 @dataclass
 class Config:
     # data and output
-    docs: list = None  # training documents: files, folders, globs, {0..9}; no data = toy documents
+    docs: list = None  # training documents: files, folders, globs, {0..9}; none = toy data
     data: list = None  # training pairs
     docs_share: float = 0.5  # ours: share of documents among the samples of a batch
     val: list = None  # held-out shards: captions -> retrieval, classes -> zero-shot, kNN, linear
@@ -110,11 +110,12 @@ class Config:
                     "text_dim", "text_depth", "text_heads")
 
 
-# Toy data on two CPU cores. At this size a weight of 0.1 is too weak for the contrast.
+# Toy data on two CPU cores. Most images follow what is said about them, since only then does the
+# contrast learn from it. At this size a weight of 0.1 is too weak for the contrast.
 DEMO = dict(
-    image_size=48, patch=8, dim=128, depth=3, heads=4, scale=1.0,
-    text_dim=128, text_depth=2, text_heads=4, context=256, vocab_size=512, w_con=1.0,
-    batch=64, steps=400, lr=1e-3, warmup=40, wd=0.05, save_every=100,
+    image_size=48, patch=8, dim=128, depth=3, heads=4, scale=1.0, docs_share=0.25, image_first=0.2,
+    text_dim=64, text_depth=2, text_heads=2, context=256, vocab_size=512, w_con=1.0,
+    batch=64, steps=650, lr=1e-3, warmup=40, wd=0.05, save_every=100,
 )
 
 
@@ -324,20 +325,19 @@ class LCL(nn.Module):
 
     def generate_from(self, x, length):
         """Greedy continuation of embedded documents (B, n, D): ids (B, length), PAD after the end
-        token and beyond the context. Keys and values of what has been read are kept."""
-        kv_caches = [KVCache() for _ in self.blocks]
+        token and beyond the context."""
         start = x.shape[1]
         ids = torch.full((len(x), length), Tokenizer.PAD, device=x.device)
         unfinished = torch.ones(len(x), dtype=torch.bool, device=x.device)
         for t in range(min(length, self.context - start)):
-            for block, kv_cache in zip(self.blocks, kv_caches):
-                x = block(x, causal=True, kv_cache=kv_cache)
-            token = self.logits(x[:, -1]).argmax(1).where(unfinished, Tokenizer.PAD)  # (B,)
+            token = self.logits(self.decode(x)[:, -1]).argmax(1)  # (B,)
+            token = token.where(unfinished, Tokenizer.PAD)
             ids[:, t] = token
             unfinished = unfinished & (token != Tokenizer.EOS)
             if not unfinished.any():
                 break
-            x = self.token_embed(token[:, None]) + self.pos_embed[start + t]
+            embedded = self.token_embed(token) + self.pos_embed[start + t]
+            x = torch.cat([x, embedded[:, None]], 1)
         return ids
 
 
@@ -490,8 +490,7 @@ def example(sample, rng, cfg, tokenizer):
 
 
 def read_document(sample, rng, cfg, tokenizer, min_size=None):
-    """Sentences as lists of ids, and PIL images. MMC4: chosen and placed by LCL's rules; OBELICS:
-    the first --max-images, in order (data.Sample)."""
+    """Sentences as lists of ids, and PIL images, chosen and placed by LCL's rules (data.Sample)."""
     parts = sample.document(rng, min_size, cfg.similarity, cfg.max_images, cfg.image_first)
     segments = []
     for i, part in enumerate(parts):
@@ -628,7 +627,7 @@ def main(cfg):
     when stopped."""
     device = common.init_distributed()
     common.check_batch(cfg.batch)
-    cfg = data.use_toy_data(cfg, docs="docs")
+    cfg = data.use_toy_data(cfg, docs="docs", data="pairs")
     if cfg.eval_every >= 0:
         import eval as evaluation  # only where something is evaluated or drawn
         evaluation.check_held_out(cfg)  # now, not after the last step
@@ -687,8 +686,8 @@ def main(cfg):
 
 
 def evaluate(model, tokenizer, cfg, device):
-    """Metrics on cfg.val, and how well the images of documents and the states at soi find each
-    other, as {name: fraction}; prints them and writes out/result.json.
+    """Metrics on cfg.val, and how well the last images of documents and the states at their soi
+    find each other, as {name: fraction}; prints them and writes out/result.json.
 
     context_r1: images whose own context is the best of all; image_r1: the reverse.
     """
@@ -704,8 +703,8 @@ def evaluate(model, tokenizer, cfg, device):
         context_rank = evaluation.ranks(similarity.T, own)
         result["context_r1"] = (context_rank == 0).float().mean().item()
         result["image_r1"] = (image_rank == 0).float().mean().item()
-        print0(f"{len(own)} images of {title} documents: context_r1 {result['context_r1']:.1%}, "
-               f"image_r1 {result['image_r1']:.1%}")
+        print0(f"last images of {len(own)} {title} documents: "
+               f"context_r1 {result['context_r1']:.1%}, image_r1 {result['image_r1']:.1%}")
         evaluation.write_result(result, cfg)
     return result
 
@@ -733,21 +732,20 @@ def read_held_out(cfg, tokenizer, n=200):
 
 @torch.no_grad()
 def match_contexts(model, documents, cfg, device):
-    """The n images of all documents that have something before them: [(document, its k-th image)],
-    and cosines (n, n) of the states at their soi (rows) with the images (columns)."""
-    if not documents:
-        return [], torch.zeros(0, 0)
+    """The last image of each document, if anything precedes it: [(document, its k-th image)], and
+    cosines (n, n) of the states at their soi (rows) with the images (columns)."""
     which = []
-    contexts = []
-    latents = []
+    contexts = [torch.zeros(0, cfg.text_dim, device=device)]
+    latents = [torch.zeros(0, cfg.text_dim, device=device)]
     for d, document in enumerate(documents):
         batch = {name: x.to(device) for name, x in pack([document], cfg).items()}
+        if not has_context(batch)[-1]:
+            continue
         with common.autocast(cfg.precision, device):
             out = model(batch)
-        used = has_context(batch)
-        contexts.append(out["context"][used])
-        latents.append(out["latent"][used])
-        which += [(d, k) for k in used.nonzero()[:, 0].tolist()]
+        which.append((d, len(document["images"]) - 1))
+        contexts.append(out["context"][-1:])
+        latents.append(out["latent"][-1:])
     return which, (torch.cat(contexts) @ torch.cat(latents).T).cpu()
 
 

@@ -138,8 +138,8 @@ class Config:
 DEMO = dict(
     image_size=48, patch=8, dim=128, depth=3, heads=4, scale=1.0, flip=False, augment=False,
     text_dim=64, text_depth=2, fusion_depth=2, text_heads=2, embed=64, context=24, vocab_size=512,
-    texts_per_region=2, caption_as_region=False, region_context=24, group=8, batch=128, steps=400,
-    lr=3e-3, warmup=40, momentum=0.99, ramp=0.1, save_every=100,
+    texts_per_region=2, caption_as_region=False, region_context=24, group=8, batch=64, steps=550,
+    lr=1e-3, warmup=40, momentum=0.99, ramp=0.1, save_every=100,
 )
 
 
@@ -551,8 +551,7 @@ class Noise(NamedTuple):
 def draw_noise(cfg, step, device):
     """Noise of this rank's rows, from one table: what a row draws does not depend on ranks."""
     sizes = [3 * cfg.context, 2 * cfg.group, (cfg.image_size // cfg.patch) ** 2]
-    table = common.batch_noise(cfg.seed, step, cfg.batch, sum(sizes))
-    table = common.to_device(table, device)
+    table = common.batch_noise(cfg.seed, step, cfg.batch, sum(sizes), device=device)
     mlm, itm, random_scores = table.split(sizes, 1)
     return Noise(mlm.unflatten(1, (3, -1)), itm.unflatten(1, (2, -1)), random_scores)
 
@@ -796,13 +795,10 @@ def check(cfg):
         raise UserError(f"--min-side {cfg.min_side} --max-side {cfg.max_side}: give sides of the "
                         "window between 0 and 1, the smallest first")
     if cfg.mask_ratio > 0.5:
-        raise UserError(f"--mask-ratio {cfg.mask_ratio}: give 0.5 or less, since at most half of "
-                        "the context is masked")
-    if cfg.texts_per_region < 1:
-        raise UserError(f"--texts-per-region {cfg.texts_per_region}: give 1 or more")
-    if cfg.texts_per_region == 1 and cfg.caption_as_region:
-        raise UserError("--texts-per-region 1: the caption would be the only text, to which every "
-                        "patch belongs; give 2 or more, or --no-caption-as-region")
+        raise UserError(f"--mask-ratio {cfg.mask_ratio}: at most half of the context is masked")
+    if cfg.texts_per_region < 1 + cfg.caption_as_region:
+        raise UserError(f"--texts-per-region {cfg.texts_per_region} leaves no room for the text "
+                        f"of a box: give {1 + cfg.caption_as_region} or more")
 
 
 def trains_predictor(cfg, index):
@@ -896,7 +892,14 @@ def evaluate(model, tokenizer, cfg, device):
 def predictor_metrics(model, tokenizer, cfg, device):
     """Recall and precision of the patch predictor on the boxes of held-out images; prints them."""
     import eval as evaluation
-    rows = held_out_regions(model, tokenizer, cfg)
+    rows = []
+    for pattern in cfg.val:
+        index = data.open_index(pattern, "test")
+        for i in range(min(512, len(index))):
+            try:
+                rows.append(held_out_row(index[i], model, tokenizer, cfg))
+            except data.Skip:
+                continue
     if not rows:
         return {}
     batch = data.stack(rows)
@@ -908,21 +911,6 @@ def predictor_metrics(model, tokenizer, cfg, device):
     print0(f"patches of {len(rows)} held-out images predicted from the texts of their boxes: "
            f"recall {metrics['pta_recall']:.1%}, precision {metrics['pta_precision']:.1%}")
     return metrics
-
-
-def held_out_regions(model, tokenizer, cfg, limit=512):
-    """Rows of the first held-out images with boxes."""
-    rows = []
-    for pattern in cfg.val:
-        index = data.open_index(pattern, "test")
-        for i in range(len(index)):
-            if len(rows) == limit:
-                return rows
-            try:
-                rows.append(held_out_row(index[i], model, tokenizer, cfg))
-            except data.Skip:
-                continue
-    return rows
 
 
 def held_out_row(sample, model, tokenizer, cfg):
@@ -940,8 +928,7 @@ def held_out_row(sample, model, tokenizer, cfg):
 # ---- pictures: a reader may stop here ----
 
 def draw(model, tokenizer, cfg, device):
-    """out/curves.png, and out/mixing.png: each image, its score map, its partner and its map, the
-    image mixed by text scores whatever --mix is, both captions with their weights."""
+    """out/curves.png, and out/mixing.png: images mixed by text scores, whatever --mix is."""
     import eval as evaluation
     index, title = evaluation.held_out_pairs(cfg)
     if rank() > 0:
@@ -963,43 +950,33 @@ def draw(model, tokenizer, cfg, device):
     samples = evaluation.pick_samples(index, 6)
     with common.autocast(cfg.precision, device):
         cells = mixing_cells(model, tokenizer, samples, cfg, device)
-    evaluation.sheet(cells, f"{cfg.out}/mixing.png", 6,
-                     f"Mixing of {title}, windows by {how}; trained with --mix {cfg.mix}", 128)
+    evaluation.sheet(cells, f"{cfg.out}/mixing.png", 4,
+                     f"Mixing of {title}, windows by {how}; trained with --mix {cfg.mix}", 150)
 
 
+@torch.no_grad()
 def mixing_cells(model, tokenizer, samples, cfg, device):
-    """Six cells of a sheet for each sample; sample i's partner is sample len - 1 - i."""
+    """Four cells of a sheet for each sample; sample i's partner is sample len - 1 - i. The window
+    has half a side."""
+    import eval as evaluation
     texts = [sample.captions(lines=True)[0] for sample in samples]
-    images, maps, mixed, lam = mix_samples(model, tokenizer, samples, texts, cfg, device)
+    tokens, valid = evaluation.tokenize(tokenizer, texts, cfg.context)
+    images = torch.stack([torch.tensor(model.held_out_view(s.image())) for s in samples])
+    encoded = model.encode(images.to(device), tokens.to(device), valid.to(device))
+    scores = model.patch_scores(encoded).float().cpu()  # (B, N)
+    n = model.vision.grid
+    mixed, lam = text_aware_mix(images, scores, max(1, n // 2), len(images))
+    maps = [evaluation.overlay(*pair) for pair in zip(images, scores.view(-1, n, n))]
     cells = []
     for i, text in enumerate(texts):
         j = len(texts) - 1 - i
         cells += [
-            (images[i], "image i", None), (maps[i], "patches of its caption", None),
-            (images[j], "image j", None), (maps[j], "patches of its caption", None),
-            (mixed[i], "mixed", None),
-            (None, f"{lam:.2f}: {text}    {1 - lam:.2f}: {texts[j]}", None),
+            (images[i], text, None),
+            (maps[i], "patches of its caption", None),
+            (maps[j], f"partner: {texts[j]}", None),
+            (mixed[i], f"mixed: {lam:.2f} its own", None),
         ]
     return cells
-
-
-@torch.no_grad()
-def mix_samples(model, tokenizer, samples, texts, cfg, device):
-    """-> images, their score maps drawn over them, mixed images, lambda; windows of half a side."""
-    import eval as evaluation
-    rows = []
-    for sample, text in zip(samples, texts):
-        tokens, valid = tokenizer.pad(text, cfg.context)
-        rows.append({"images": model.held_out_view(sample.image()), "tokens": tokens,
-                     "valid": valid})
-    batch = data.stack(rows)
-    encoded = model.encode(*[batch[name].to(device) for name in ("images", "tokens", "valid")])
-    scores = model.patch_scores(encoded).float().cpu()
-    n = model.vision.grid
-    images = batch["images"]
-    mixed, lam = text_aware_mix(images, scores, max(1, n // 2), len(images))
-    maps = [evaluation.overlay(image, score.view(n, n)) for image, score in zip(images, scores)]
-    return images, maps, mixed, lam
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ BOXES = [
 RGB = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
 
-def painted_sample(boxes=BOXES, size=(96, 64), orientation=None, kind="PNG", **fields):
+def painted_sample(boxes=BOXES, size=(96, 64), orientation=None, **fields):
     """A data.Sample: a gray image whose boxes are filled with the colors of their texts.
 
     size: width, height. orientation: EXIF tag. fields: more of its json ("boxes" replaces them).
@@ -98,9 +98,8 @@ def painted_sample(boxes=BOXES, size=(96, 64), orientation=None, kind="PNG", **f
     exif = Image.Exif()
     if orientation:
         exif[0x0112] = orientation
-    options = {"quality": 95, "subsampling": 0} if kind == "JPEG" else {}
     raw = io.BytesIO()
-    Image.fromarray(pixels).save(raw, kind, exif=exif, **options)
+    Image.fromarray(pixels).save(raw, "PNG", exif=exif)
     fields = json.dumps({"boxes": boxes, **fields})
     return data.Sample("key", {"jpg": raw.getvalue(), "json": fields.encode()})
 
@@ -233,6 +232,16 @@ def refused(main, cfg):
     line = str(caught.value)
     assert "\n" not in line
     return line
+
+
+def values(terms):
+    """{name: 0-dim tensor} as numbers."""
+    return {name: x.item() for name, x in terms.items()}
+
+
+def close(value, rel=1e-10):
+    """Equal up to the rounding of float64."""
+    return pytest.approx(value, rel=rel, abs=1e-12)
 
 
 def gradients(model, loss):

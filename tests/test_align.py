@@ -1,6 +1,8 @@
-"""ALIGN: contrastive loss, LAMB and model against the oracles of the paper."""
+"""ALIGN: contrastive loss, LAMB and model against the oracles of the paper.
+
+test_scripts.py has shards of the batch on several ranks, --chunk and --micro.
+"""
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +13,6 @@ import align
 import common
 import data
 from align import ALIGN, Lamb, contrastive_loss
-from common import rank, world_size
 from conftest import tiny_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -41,9 +42,9 @@ def by_definition(image, text, temperature, smoothing):
 
 # ---- loss ----
 
-@pytest.mark.parametrize("n", [1, 2, 7, 64])
+@pytest.mark.parametrize("n", [1, 7])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("chunk", [0, 1, 3])
+@pytest.mark.parametrize("chunk", [0, 3])
 def test_loss_and_gradients_equal_the_definition(n, smoothing, chunk):
     image, text = unit_pairs(n)
     t = temperature(0.3)
@@ -60,12 +61,6 @@ def test_two_orthogonal_pairs_by_hand():
     # the logits are the identity, so each direction costs -log(e / (e + 1)) = 0.31326
     loss = contrastive_loss(torch.eye(2), torch.eye(2), torch.tensor(1.0))
     assert loss.item() == pytest.approx(2 * 0.31326, abs=1e-4)
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_one_pair_alone_has_no_loss(smoothing):
-    image, text = unit_pairs(1)
-    assert contrastive_loss(image, text, temperature(0.1), smoothing).item() == pytest.approx(0)
 
 
 def test_collapsed_embeddings_and_infinite_temperature_give_two_ln_n():
@@ -102,83 +97,12 @@ def test_loss_is_symmetric_and_blind_to_order_and_rotation():
     assert rotated.item() == pytest.approx(loss)
 
 
-def test_gradients_follow_the_closed_formula():
-    image, text = unit_pairs(6)
-    t = temperature(0.25)
-    logits = (image @ text.T / t).detach()
-    target = 0.9 * torch.eye(6, dtype=torch.float64) + 0.1 / 6
-    d_logits = (logits.softmax(1) + logits.softmax(0) - 2 * target) / 6
-    expected = (d_logits @ text / t, d_logits.T @ image / t, -(d_logits * logits).sum() / t)
-    found = torch.autograd.grad(contrastive_loss(image, text, t, 0.1), (image, text, t))
-    for a, b in zip(found, expected):
-        torch.testing.assert_close(a, b.detach(), rtol=1e-10, atol=1e-13)
-
-
 def test_gradient_is_orthogonal_to_the_raw_embedding():
     raw = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
     _, text = unit_pairs(6)
     loss = contrastive_loss(common.l2_normalize(raw), text, temperature(0.1))
     grad = torch.autograd.grad(loss, raw)[0]
     assert (grad * raw).sum(1).abs().max() < 1e-12
-
-
-def test_float32_logits_at_scale_100_stay_close_to_float64():
-    image, text = unit_pairs(128, 32)
-    single = contrastive_loss(image.float(), text.float(), temperature(0.01).float(), 0.1)
-    double = contrastive_loss(image, text, temperature(0.01), 0.1)
-    assert single.dtype == torch.float32
-    assert single.item() == pytest.approx(double.item(), rel=1e-5)
-
-
-# ---- shards of the batch on several ranks ----
-
-class Towers(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.image = nn.Linear(6, 4, dtype=torch.float64)
-        self.text = nn.Linear(5, 4, dtype=torch.float64)
-        self.temperature = nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
-
-
-def loss_and_gradients(chunk, gather=None):
-    """This rank's part of 12 rows through the towers; -> mean loss, averaged gradients, weights
-    after one LAMB step."""
-    if gather is not None:
-        align.all_gather_with_grad = gather
-    model = Towers()
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randn(12, 6, generator=generator, dtype=torch.float64)
-    texts = torch.randn(12, 5, generator=generator, dtype=torch.float64)
-    image = common.l2_normalize(model.image(images.chunk(world_size())[rank()]))
-    text = common.l2_normalize(model.text(texts.chunk(world_size())[rank()]))
-    loss = contrastive_loss(image, text, model.temperature, 0.1, chunk)
-    loss.backward()
-    align.all_gather_with_grad = common.all_gather_with_grad
-    common.average_gradients(model.parameters())
-    grads = [p.grad for p in model.parameters()]
-    Lamb(model.parameters(), lr=0.1, wd=0.01).step()
-    mean = common.all_reduce_sum(loss) / world_size()
-    return mean, grads, [p.detach() for p in model.parameters()]
-
-
-@pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("chunk", [0, 2])
-def test_shards_give_loss_gradients_and_step_of_the_whole_batch(run_on_ranks, world, chunk):
-    loss, grads, weights = loss_and_gradients(chunk)
-    for shard_loss, shard_grads, shard_weights in run_on_ranks(world, loss_and_gradients, chunk):
-        assert shard_loss.item() == pytest.approx(loss.item(), rel=1e-12)
-        for a, b in zip([*shard_grads, *shard_weights], [*grads, *weights]):
-            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
-
-
-def test_a_gather_without_gradient_would_be_noticed(run_on_ranks):
-    _, grads, _ = loss_and_gradients(0)
-    _, wrong, _ = run_on_ranks(2, loss_and_gradients, 0, common.all_gather)[0]
-    names = [name for name, _ in Towers().named_parameters()]
-    for name, a, b in zip(names, wrong, grads):
-        error = ((a - b).norm() / b.norm()).item()
-        assert (error < 1e-10) == (name == "temperature"), name
 
 
 # ---- LAMB ----
@@ -271,65 +195,23 @@ def model(cfg):
     return ALIGN(cfg).double()
 
 
-def test_text_embedding_ignores_padding_and_sees_later_tokens(model):
+def test_text_embedding_sees_all_tokens_and_no_padding(model):
     tokens = torch.randint(8, 300, (3, 9))
     valid = torch.arange(9) < torch.tensor([[9], [6], [4]])
     embeds = model.encode_text(tokens, valid)
     torch.testing.assert_close(model.encode_text(tokens.where(valid, 17), valid), embeds)
-    longer = model.encode_text(F.pad(tokens, (0, 5)), F.pad(valid, (0, 5)))
-    torch.testing.assert_close(longer, embeds)
     tokens[:, 3] += 1
-    assert (model.encode_text(tokens, valid) - embeds).abs().max() > 1e-4  # bidirectional
+    assert (model.encode_text(tokens, valid) - embeds).abs().amax(1).min() > 1e-4
 
 
-def test_image_embedding_is_the_normalized_mean_patch(model, cfg):
+def test_image_embedding_is_the_normalized_mean_patch(model):
     images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
     tokens = model.vision(images)
     expected = F.normalize(tokens[:, 1:].mean(1), dim=1)
     torch.testing.assert_close(model.encode_image(images), expected)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert ALIGN(cfg).encode_image(images).dtype == torch.float32
 
 
-def test_branches_start_at_a_tenth_of_the_usual_size(model):
-    for block in [*model.vision.blocks, *model.text.blocks]:
-        for linear, share in [(block.attn.qkv, 1), (block.attn.proj, 0.1),
-                              (block.mlp.fc1, 1), (block.mlp.fc2, 0.1)]:
-            bound = math.sqrt(6 / sum(linear.weight.shape))  # Xavier
-            assert linear.weight.abs().max().item() == pytest.approx(share * bound, rel=0.1)
-
-
-def test_defaults_are_the_recipe_of_the_paper():
-    cfg = align.Config()
-    assert (cfg.batch, cfg.steps, cfg.lr, cfg.warmup, cfg.wd) == (16384, 1_200_000, 1e-3, 10_000,
-                                                                 1e-5)
-    assert (cfg.temperature, cfg.label_smoothing, cfg.context) == (1.0, 0.1, 64)
-    assert cfg.vocab_size == 100_000
-    assert round(224 * cfg.resize) == 268  # 346 for 289, as in the paper
-
-
-def test_64_pairs_are_overfit_to_the_floor_of_the_smoothed_loss(cfg):
-    torch.manual_seed(0)
-    model = ALIGN(replace(cfg, temperature=1.0, depth=1, dim=32, text_dim=32))
-    images = torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8)
-    tokens = torch.randint(8, 300, (64, 8))
-    valid = torch.ones(64, 8, dtype=torch.bool)
-    optimizer = Lamb(model.parameters())
-    for step in range(250):
-        optimizer.param_groups[0]["lr"] = align.linear_lr(step, 250, 20, 0.03)
-        image, text = model(images, tokens, valid)
-        loss = contrastive_loss(image, text, model.temperature, 0.1)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert 2 * 0.7295 - 1e-4 < loss.item() < 2 * 0.7295 + 0.15
-    assert (text @ image.T).argmax(1).equal(torch.arange(64))
-    assert 0 < model.temperature.item() < 0.5
-
-
-# ---- rows ----
-
-def test_held_out_images_are_squashed_and_cropped_in_the_middle(model, cfg):
+def test_held_out_images_are_squashed_and_cropped_in_the_middle(model):
     image = data.Image.new("RGB", (40, 20), "red")
     image.paste((0, 0, 255), (0, 0, 2, 20))  # a margin that the crop removes
     model.resize = 20 / 16

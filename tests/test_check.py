@@ -4,7 +4,6 @@ import gzip
 import io
 import json
 import os
-import subprocess
 import sys
 import tarfile
 
@@ -14,7 +13,6 @@ from PIL import Image
 
 import common
 import data
-from conftest import ROOT
 
 
 def encode(array, kind="JPEG", **options):
@@ -52,51 +50,39 @@ def test_toy_data_of_every_kind_check_clean(toy_data, capsys):
     assert check(capsys, f"{toy_data}/{{pairs,docs}}/train-*.tar", f"{toy_data}/labels") == []
 
 
-@pytest.mark.parametrize("pattern, samples", [
-    ("pairs/test-*.tar", "500"), ("labels/test-*.tar", "1,000"), ("docs/train-0000[0-3].tar", None),
-    ("seg", "138"), ("nlvr/test-*.tar", "167")])
-def test_real_shards_check_clean(shared, capsys, pattern, samples):
-    assert data.check(data.all_parts([f"{shared}/{pattern}"])) is False
-    if samples:
-        assert f"{samples} samples: nothing wrong" in capsys.readouterr().out
+@pytest.mark.parametrize("pattern", ["labels/test-*.tar", "docs/train-00000.tar", "seg"])
+def test_real_shards_check_clean(shared, capsys, pattern):
+    assert check(capsys, f"{shared}/{pattern}") == []
 
 
 GOOD = {"jpg": JPEG, "txt": b"a dog"}
 BOX = {"x": 1, "y": 1, "w": 2, "h": 2, "text": "a"}
 SENTENCE = {"image_name": "0.0.jpg", "matched_text_index": 0}
+SECOND = {"image_name": "0.1.jpg", "matched_text_index": 1}
 
 
 @pytest.mark.parametrize("sample, reason", [
     ({"jpg": JPEG[:-60], "txt": b"a"}, "unreadable image"),
-    ({"jpg": b"", "txt": b"a"}, "unreadable image"),
     ({"txt": b"a"}, "no image"),
     ({"jpg": JPEG, "x": b""}, "no caption"),
     ({"jpg": JPEG, "txt": b" \n"}, "empty caption"),
-    ({"jpg": JPEG, "txt": b"caf\xe9"}, "text not UTF-8"),
     ({"jpg": JPEG, "txt": "dog".encode("utf-16")}, "text not UTF-8"),
     ({"jpg": JPEG, "json": b"{"}, "unreadable json"),
-    ({"jpg": JPEG, "json": {"caption": [None, 3]}}, "empty caption"),
     ({"jpg": JPEG, "cls": b"dog"}, "unreadable class"),
     ({"jpg": JPEG, "cls": b"2"}, "class 2, but 2 names of classes"),
     ({"jpg": JPEG, "seg.png": MASK[:50]}, "unreadable mask"),
-    ({"jpg": JPEG, "seg.png": JPEG}, "unreadable mask"),
     ({"jpg": JPEG, "seg.png": encode(np.ones((3, 4)), "PNG")}, "mask of another size"),
     ({"jpg": JPEG, "seg.png": encode(np.full((6, 8), 2), "PNG")},
-     "class 2 in the mask, but 2 names of classes"),
+     "class 2, but 2 names of classes"),
     ({"jpg": JPEG, "json": {"boxes": [{**BOX}, {**BOX, "x": 9}, {**BOX, "text": ""}]}},
      "2 of 3 boxes malformed, outside or without a text"),
-    ({"jpg": JPEG, "json": {"segments": [{"bbox": [], "name": "a"}]}},
-     "1 of 1 segments malformed, outside or without a text"),
-    ({"jpg": JPEG, "json": {"boxes": 3}}, "boxes is no list"),
+    ({"jpg": JPEG, "json": {"boxes": 3}}, "no box"),
     ({"json": {"text_list": ["a"]}}, "no document"),
-    ({"json": {"text_list": ["a"], "image_info": []}}, "no image left"),
-    ({"json": {"text_list": ["a"], "image_info": [SENTENCE]}}, "no image 0.0.jpg, no image left"),
+    ({"json": {"text_list": ["a"], "image_info": [SENTENCE]}}, "no image left"),
     ({"json": {"text_list": ["a"], "image_info": [SENTENCE, {"image_name": "0.0.jpg"}]},
-      "0.jpg": JPEG}, "entry of image_info with no usable matched_text_index"),
-    ({"json": {"text_list": ["a"], "image_info": [SENTENCE]}, "0.jpg": JPEG, "1.jpg": b"?"},
-     "unreadable image 1.jpg"),
-    ({"json": {"texts": ["a", None], "images": [None, "0.0.jpg"]}},
-     "no image 0.0.jpg, no image left"),
+      "0.jpg": JPEG}, "malformed entry of image_info"),
+    ({"json": {"text_list": ["a", "b"], "image_info": [SENTENCE, SECOND]},
+      "0.jpg": JPEG, "1.jpg": b"?"}, "unreadable image 1.jpg"),
 ])
 def test_check_says_what_is_wrong_with_which_sample(tmp_path, capsys, sample, reason):
     samples = {"before": GOOD, "0": sample, "after": GOOD, "1": sample}
@@ -110,9 +96,7 @@ def test_check_says_what_is_wrong_with_which_sample(tmp_path, capsys, sample, re
     {"jpg": JPEG, "seg.png": MASK},
     {"jpg": JPEG, "seg.png": encode(np.full((6, 8), 255), "PNG")},  # Pascal VOC's border
     {"jpg": JPEG, "json": {"boxes": []}},  # an image without an object
-    {"jpg": JPEG, "json": {"caption": [None, "", "a dog", 3]}},
-    {"jpg": JPEG, "txt": b"\xef\xbb\xbfa dog"},
-    {"json": {"texts": ["a", None], "images": [None, "0.0.jpg"]}, "0.jpg": JPEG},
+    {"json": {"text_list": ["a"], "image_info": [SENTENCE]}, "0.jpg": JPEG},
 ])
 def test_what_can_be_used_is_not_wrong(tmp_path, capsys, sample):
     (tmp_path / "classes.txt").write_text("unlabeled\nground\n")
@@ -150,17 +134,13 @@ def test_an_unusable_list_of_classes_does_not_hide_the_samples(tmp_path, capsys)
     assert lines[1] == f"{path}: 0: unreadable image"
 
 
-@pytest.mark.parametrize("names", [["test-0.tar"], ["val/0.tar"], ["train-0.tar", "test-0.tar"],
-                                   ["a-train-0.tar", "a-validation-0.tar", "0.tar"]])
-@pytest.mark.parametrize("task", ["check", "index"])
-def test_a_folder_means_the_shards_of_all_its_parts(tmp_path, capsys, names, task):
+@pytest.mark.parametrize("names", [["test-0.tar"], ["a-train-0.tar", "val/0.tar", "0.tar"]])
+def test_a_folder_means_the_shards_of_all_its_parts(tmp_path, capsys, names):
     for name in names:
         write_shard(tmp_path / name, {name.replace(".", "-"): GOOD})
-    if task == "check":
-        assert check(capsys, tmp_path) == []
-    else:
-        data.main(["index", str(tmp_path)])
-        assert f"{len(names)} shards, {len(names)} samples" in capsys.readouterr().out
+    assert check(capsys, tmp_path) == []
+    data.main(["index", str(tmp_path)])
+    assert f"{len(names)} shards, {len(names)} samples" in capsys.readouterr().out
 
 
 # ---- output ----
@@ -171,16 +151,6 @@ def run_main(monkeypatch, stdout, *args):
     with pytest.raises(SystemExit) as end:
         common.run_command(functools.partial(data.main, [str(arg) for arg in args]))
     return end.value.code
-
-
-def test_output_into_head_ends_quietly(tmp_path):
-    samples = {f"{i:0200d}": {"x": b""} for i in range(2000)}  # more lines than a pipe holds
-    path = write_shard(tmp_path / "0.tar", samples)
-    command = f"{sys.executable} {ROOT}/data.py check {path} | head -n 1; exit ${{PIPESTATUS[0]}}"
-    process = subprocess.run(["bash", "-c", command], capture_output=True, timeout=60)
-    assert process.stdout.decode().startswith(f"{path}: 000")
-    assert process.stderr == b""
-    assert process.returncode == 0
 
 
 def test_a_closed_pipe_and_a_closed_stdout_end_quietly(tmp_path, monkeypatch):
@@ -209,12 +179,12 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys, monkeypatch):
     assert error.startswith("error: /nowhere/x?.tar: no such ") and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("args", [[], ["convert"], ["filter"], ["make"]])
-def test_help_explains_layouts_and_rules(capsys, args):
+@pytest.mark.parametrize("args, words", [
+    ([], ["check", "index"]), (["convert"], data.CONVERTERS), (["filter"], ["I2", "--min-side"])])
+def test_help_explains_layouts_and_rules(capsys, args, words):
     with pytest.raises(SystemExit) as end:
         data.main([*args, "-h"])
     assert end.value.code == 0
     text = capsys.readouterr().out
-    words = {"convert": data.LAYOUTS, "filter": ["I2", "T3", "--min-side"], "make": ["--scenes"]}
-    for word in words.get("".join(args), ["check", "index"]):
+    for word in words:
         assert word in text

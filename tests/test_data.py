@@ -1,13 +1,10 @@
 """Shards, samples, views, order and loader against hand-worked values and slow references."""
 import collections
-import contextlib
 import gzip
 import io
-import itertools
 import json
 import os
 import pickle
-import random
 import signal
 import struct
 import subprocess
@@ -19,7 +16,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, PngImagePlugin
 
 import common
 import data
@@ -89,8 +86,7 @@ def samples_of(index):
 
 @pytest.mark.parametrize("pattern, names", [
     ("{8..11}", "8 9 10 11"), ("{08..11}", "08 09 10 11"), ("{a,b}-{0..1}", "a-0 a-1 b-0 b-1"),
-    ("{000..2}", "000 001 002"), ("x{7..7}y", "x7y"), ("{,a}b", "b ab"), ("{x}", "{x}"),
-    ("{3..1}", "3 2 1"), ("plain", "plain"),
+    ("{x}", "{x}"), ("{3..1}", "3 2 1"),
 ])
 def test_braces_expand_as_in_a_shell(pattern, names):
     assert data.expand_braces(pattern) == names.split()
@@ -108,10 +104,8 @@ def test_sources_braces_and_globs_are_joined_in_order_and_each_file_is_named_onc
 
 
 @pytest.mark.parametrize("train, test", [
-    ("train-0.tar", "test-0.tar"), ("train-0.tar", "val-0.tar"), ("train/0.tar", "test/0.tar"),
-    ("train/0.tar", "val/x.tar"), ("cc3m-train-0000.tar", "cc3m-validation-00.tar"),
-    ("ILSVRC_train_0.tar", "ILSVRC_valid_0.tar"), ("train2017/0.tar", "val2017/0.tar"),
-    ("imagenetTrain-0.tar", "imagenetVal-0.tar"),
+    ("train-0.tar", "test-0.tar"), ("cc3m-train-0000.tar", "cc3m-validation-00.tar"),
+    ("train2017/0.tar", "val2017/0.tar"), ("imagenetTrain-0.tar", "imagenetVal-0.tar"),
 ])
 def test_words_in_the_names_tell_the_parts_of_a_folder_apart(tmp_path, train, test):
     for name in (train, test):
@@ -143,25 +137,11 @@ def test_training_shards_are_never_given_out_as_held_out_ones(tmp_path):
         data.expand(str(tmp_path), "test")
 
 
-@pytest.mark.parametrize("pattern, expansion", [
-    ("{00..02}.tar", "/01.tar"), ("nothing*.tar", "nothing*.tar"), ("00.tar::99.tar", "/99.tar"),
-])
-def test_a_pattern_without_a_match_is_an_error_that_shows_what_it_became(tmp_path, pattern,
-                                                                         expansion):
+def test_a_pattern_without_a_match_is_an_error_that_shows_what_it_became(tmp_path):
     for name in ("00", "02"):
         write_tar(tmp_path / f"{name}.tar", [])
-    with pytest.raises(UserError) as error:
-        data.expand("::".join(f"{tmp_path}/{p}" for p in pattern.split("::")))
-    assert expansion in str(error.value)
-
-
-def test_a_file_or_folder_whose_name_is_a_glob_means_itself(tmp_path):
-    path = write_tar(tmp_path / "x[1]*.tar", [])
-    write_tar(tmp_path / "x1z.tar", [])  # what the glob would match
-    assert data.expand(path) == [path]
-    (tmp_path / "set[1]").mkdir()
-    inside = write_tar(tmp_path / "set[1]" / "0.tar", [])
-    assert data.expand(f"{tmp_path}/set[1]") == [inside]
+    with pytest.raises(UserError, match="/01.tar"):
+        data.expand(f"{tmp_path}/{{00..02}}.tar")
 
 
 # ---- text files ----
@@ -179,8 +159,7 @@ def test_lines_end_at_newlines_alone_and_a_byte_order_mark_is_dropped(tmp_path, 
 
 
 @pytest.mark.parametrize("text, encoding", [
-    ("crème", "cp1252"), ("crème", "utf-16"), ("crème", "utf-16-le"), ("cream", "utf-16"),
-    ("cream", "utf-16-le"), ("cream", "utf-16-be"), ("cream", "utf-32"),
+    ("crème", "cp1252"), ("crème", "utf-16"), ("cream", "utf-16-le"),
 ])
 def test_text_that_is_not_utf8_is_refused_in_files_and_counted_in_samples(tmp_path, text, encoding):
     raw = text.encode(encoding)
@@ -229,15 +208,6 @@ for k in range(3):
     TOY += [(f"{k}.jpg", 3000 * letter), (f"{k}.json", 2 * letter), (f"{k}.txt", 2 * letter)]
 
 
-@pytest.mark.parametrize("name, parts", [
-    ("a/b.seg.png", ("a/b", "seg.png")), ("x.JPG", ("x", "jpg")), ("v1.0/x.jpg", ("v1.0/x", "jpg")),
-    ("2024-01-01T10.30.jpg", ("2024-01-01T10", "30.jpg")), ("./0.Seg.PNG", ("./0", "seg.png")),
-    ("noext", ("noext", "")), ("v1.0/noext", ("v1.0/noext", "")),
-])
-def test_a_name_is_cut_at_the_first_dot_after_the_last_slash(name, parts):
-    assert data.split_name(name) == parts
-
-
 def test_neighbors_with_one_key_are_a_sample_whose_suffixes_are_lower_case(tmp_path):
     members = [("Zebra.JPG", b"1"), ("Zebra.Seg.PNG", b"2"), ("ant.Txt", b"3"), ("Ant.txt", b"4")]
     index = Index([write_tar(tmp_path / "0.tar", members)])
@@ -268,32 +238,21 @@ def test_a_repeated_suffix_begins_a_new_sample_and_is_counted(tmp_path):
     assert index.notes == {path: {data.REPEATED: 1}}
 
 
-@pytest.mark.parametrize("suffixes, lost", [
-    (["jpg", "txt"], 19), (["txt"], 19), (["jpg"], 19), (["png", "cls"], 19), (["json", "jpg"], 19),
-])
-def test_samples_lost_to_dots_in_their_names_are_counted(tmp_path, suffixes, lost):
+@pytest.mark.parametrize("suffixes", [["jpg", "txt"], ["jpg"], ["json", "jpg"]])
+def test_samples_lost_to_dots_in_their_names_are_counted(tmp_path, suffixes):
     names = [f"frame_2024.05.01_{i:04d}.{suffix}" for i in range(20) for suffix in suffixes]
     path = write_tar(tmp_path / "0.tar", [(name, b"x") for name in names])
     index = Index([path])
     assert len(index) == 1
     assert index.warnings() == [f"{path}: samples lost, as keys end at the first dot of a file "
-                                f"name: rename the files ({lost})"]
+                                "name: rename the files (19)"]
 
 
 @pytest.mark.parametrize("suffixes", [
-    ["jpg", "json", "txt"], ["png", "seg.png", "json"], ["json", "0.jpg", "1.jpg", "2.jpg"],
-    ["0.jpg", "1.jpg", "json"], ["png", "seg.png", "depth.png"],
+    ["png", "seg.png", "json"], ["0.jpg", "1.jpg", "json"], ["png", "seg.png", "depth.png"],
 ])
 def test_names_in_our_own_formats_lose_nothing_to_dots(suffixes):
     assert data.lost_to_dots(set(suffixes)) == 0
-
-
-def test_a_whole_archive_gives_its_samples_without_a_warning(tmp_path):
-    index = Index([write_tar(tmp_path / "0.tar", TOY)])
-    assert index.warnings() == [] and len(index) == 3
-    assert samples_of(index)[1] == ("1", {"jpg": 3000 * b"B", "json": b"BB", "txt": b"BB"})
-    assert index.summary().startswith("1 shards, 3 samples, 0.00 GB, first key 0")
-    assert index.place(2) == f"{index.paths[0]}: 2"
 
 
 def test_every_cut_is_counted_or_harmless_and_what_lies_before_it_is_used(tmp_path):
@@ -343,7 +302,7 @@ def test_bad_archives_are_named_and_the_others_are_used(tmp_path):
     assert index.starts.tolist() == [0, 0, 3, 3, 3] and index[2].members["txt"] == b"CC"
     assert [line.partition(": ")[::2] for line in index.warnings()] == [
         (str(page), "not a tar (1)"),
-        (str(compressed), "compressed, which rules out random access: unpack it with gzip -d (1)")]
+        (str(compressed), f"{data.COMPRESSED} (1)")]
     with pytest.raises(UserError, match="no sample in 1 shard.*2.tar: compressed.*gzip -d"):
         Index([str(compressed)])
     with pytest.raises(UserError, match="no sample"):
@@ -354,15 +313,11 @@ def test_a_shard_that_cannot_be_opened_is_named(tmp_path):
     good = write_tar(tmp_path / "0.tar", TOY)
     with pytest.raises(UserError, match="1.tar cannot be read .No such file"):
         Index([good, str(tmp_path / "1.tar")])
-    (tmp_path / "1.tar").mkdir()
-    with pytest.raises(UserError, match="1.tar cannot be read .Is a directory"):
-        Index([good, str(tmp_path / "1.tar")])
 
 
 @pytest.mark.parametrize("format, key", [
-    *itertools.product([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT],
-                       ["k" * 90, "p" * 90 + "/" + "k" * 60, "päivä/猫🐱"]),
-    (tarfile.GNU_FORMAT, "k" * 130), (tarfile.PAX_FORMAT, "k" * 130),  # USTAR has no such names
+    (tarfile.USTAR_FORMAT, "p" * 90 + "/" + "k" * 60), (tarfile.USTAR_FORMAT, "päivä/猫🐱"),
+    (tarfile.GNU_FORMAT, "k" * 130), (tarfile.PAX_FORMAT, "k" * 130),
     (tarfile.GNU_FORMAT, "k" * 93),  # .jpg fits into a header, .seg.png does not
 ])
 def test_long_and_foreign_names_are_read_in_all_dialects(tmp_path, format, key):
@@ -372,38 +327,6 @@ def test_long_and_foreign_names_are_read_in_all_dialects(tmp_path, format, key):
     assert samples_of(index) == [("0", {"txt": b"zero"}),
                                  (key, {"jpg": 300 * b"one", "seg.png": b"two"}),
                                  ("2", {"txt": b"three"})]
-
-
-def test_a_name_that_is_not_unicode_is_indexed_and_can_be_printed(tmp_path):
-    index = Index([write_tar(tmp_path / "0.tar", [("caf\udce9.txt", b"one")])])  # Latin-1
-    assert index[0].key == "caf\ufffd"
-    index.summary().encode()
-
-
-def test_a_header_with_a_negative_size_is_damage_and_not_an_endless_loop(tmp_path):
-    def header(name, size=None):
-        raw = bytearray(tarfile.TarInfo(name).tobuf())
-        if size is not None:
-            raw[124:136] = struct.pack(">Iq", 0xffffffff, size)
-        raw[148:156] = 8 * b" "
-        raw[148:156] = b"%06o\0 " % sum(raw)
-        return bytes(raw)
-
-    path = tmp_path / "0.tar"  # the third header leads back to the second
-    path.write_bytes(header("a.jpg") + header("b.jpg") + header("c.jpg", -1024) + bytes(4096))
-
-    class TooLong(BaseException):
-        pass
-
-    def ring(number, frame):
-        raise TooLong
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(5)
-    notes = data.scan(str(path)).notes
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
-    assert notes == {data.CUT: 1}
 
 
 def test_the_cache_is_used_until_a_shard_changes(tmp_path, monkeypatch):
@@ -489,7 +412,7 @@ def test_missing_parts_have_their_own_reasons():
     assert reason(sample.captions) == "no caption"
     assert reason(sample.label) == "no class"
     assert reason(sample.mask) == "no mask"
-    assert reason(sample.boxes, 9, 9) == "no box"
+    assert reason(painted_sample(boxes=[]).boxes, 96, 64) == "no box"
     assert reason(sample.document, np.random.default_rng(0)) == "no document"
     assert not sample.has_caption() and not sample.has_label() and not sample.is_document()
 
@@ -517,20 +440,17 @@ def test_captions_of_a_record_are_a_string_or_a_list(record, captions):
 
 
 @pytest.mark.parametrize("members, why", [
-    ({"txt": b""}, "empty caption"), ({"txt": b" \n\t"}, "empty caption"),
+    ({"txt": b" \n\t"}, "empty caption"),
     ({"json": b'{"caption": ["", " "]}'}, "empty caption"), ({"json": b"{}"}, "no caption"),
-    ({"json": b'{"caption": NaN}'}, "no caption"), ({"json": b'{"caption": {}}'}, "no caption"),
-    ({"json": b'["caption"]'}, "unreadable json"), ({"json": b"{"}, "unreadable json"),
+    ({"json": b'{"caption": NaN}'}, "no caption"), ({"json": b'["caption"]'}, "unreadable json"),
     ({"json": 10_000 * b"[" + 10_000 * b"]"}, "unreadable json"),
-    ({"json": b""}, "unreadable json"),
 ])
 def test_a_caption_that_cannot_be_used_has_its_reason(members, why):
     assert reason(Sample("k", members).captions) == why
 
 
 @pytest.mark.parametrize("raw, label", [
-    (b" 7\n", 7), (b"\xef\xbb\xbf3", 3), (b"", None), (b"cat", None), (b"-1", None), (b"1.0", None),
-    (9000 * b"9", None), (b"99999999999999999999", None),
+    (b" 7\n", 7), (b"\xef\xbb\xbf3", 3), (b"cat", None), (b"-1", None), (9000 * b"9", None),
 ])
 def test_a_class_is_a_number_or_unreadable(raw, label):
     sample = Sample("k", {"cls": raw})
@@ -553,31 +473,11 @@ def test_in_evaluation_sets_each_line_is_a_caption():
     assert sample.captions() == ["one dog two dogs"]
 
 
-@pytest.mark.parametrize("suffix, options", [("png", {}), ("webp", {"lossless": True})])
-@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1"])
-def test_lossless_images_decode_to_their_very_pixels(suffix, options, mode):
-    stored = Image.fromarray(noise(9, 7)).convert(mode)
-    if suffix == "webp":
-        stored = stored.convert("RGB")
-    image = Sample("k", {suffix: encoded(stored, suffix, **options)}).image()
-    assert image.mode == "RGB"
-    assert np.array_equal(np.asarray(image), np.asarray(stored.convert("RGB")))
-
-
 def test_sixteen_bits_keep_their_high_byte():
     deep = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
     pixels = np.asarray(Sample("k", {"png": encoded(Image.fromarray(deep))}).image())
     # Pillow's convert("RGB") gives 255 for all but the darkest
     assert np.array_equal(pixels, np.repeat((deep // 256)[..., None], 3, 2))
-
-
-def test_a_cmyk_jpeg_has_the_colors_of_its_inks():
-    page = Image.new("CMYK", (32, 16), (0, 255, 255, 0))  # magenta and yellow: red
-    page.paste((255, 255, 0, 0), (16, 0, 32, 16))  # cyan and magenta: blue
-    image = Sample("k", {"jpg": encoded(page, "JPEG", quality=95)}).image()
-    pixels = np.asarray(image).astype(int)
-    assert np.abs(pixels[8, 4] - (255, 0, 0)).max() < 12
-    assert np.abs(pixels[8, 28] - (0, 0, 255)).max() < 12
 
 
 def turn(pixels, orientation):
@@ -614,13 +514,6 @@ def test_a_camera_held_upright_by_hand():
     assert np.abs(pixels[3 * image.height // 4, image.width // 2] - (0, 0, 255)).max() < 12
 
 
-@pytest.mark.parametrize("tag", [0, 9, 65535])
-def test_orientations_that_do_not_exist_turn_nothing(tag):
-    sample = painted_sample(orientation=tag)
-    assert sample.image().size == (96, 64)
-    assert sample.boxes(96, 64)[0] == (6, 5, 20, 14, "red")
-
-
 def png_chunks(raw):
     """Yield name, first byte and end of each chunk's data."""
     start = 8
@@ -655,26 +548,10 @@ def test_a_png_whose_metadata_is_damaged_keeps_its_pixels(is_checked):
 
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
 def test_an_image_whose_exif_is_damaged_keeps_its_pixels(kind):
-    exif = turned(6)
-    exif[0x010F] = "maker"
-    exif.get_ifd(0x8825)[2] = (1.0, 2.0, 3.0)
-    block = exif.tobytes()
-    plain = np.asarray(Sample("k", {"jpg": encoded(smooth(24, 16), kind)}).image())
-    views = [turn(plain, orientation) for orientation in range(1, 9)]
-    rng = np.random.default_rng(0)
-    n_refused = 0
-    for _ in range(100):
-        damaged = bytearray(block)
-        for i in rng.integers(6, len(block), 4):
-            damaged[i] = rng.integers(256)
-        raw = encoded(smooth(24, 16), kind, exif=bytes(damaged))
-        try:
-            ImageOps.exif_transpose(Image.open(io.BytesIO(raw)))
-        except Exception:
-            n_refused += 1  # by Pillow
-        pixels = np.asarray(Sample("k", {"jpg": raw}).image())
-        assert any(np.array_equal(pixels, view) for view in views)
-    assert n_refused > 0
+    plain = Sample("k", {"jpg": encoded(smooth(24, 16), kind)}).image()
+    exif = turned(6).tobytes()
+    damaged = encoded(smooth(24, 16), kind, exif=b"Exif\0\0XXXXXXXX" + exif[14:])  # not a TIFF's
+    assert np.array_equal(Sample("k", {"jpg": damaged}).image(), plain)
 
 
 def png_of_size(width, height):
@@ -695,8 +572,7 @@ def test_a_bomb_is_refused_by_its_header_without_decoding(width, height):
 
 
 @pytest.mark.parametrize("raw", [
-    b"", b"\xff\xd8", b"<html>", b"\x89PNG\r\n\x1a\n", b"\x89PNG\r\n\x1a\n\xff\xff\xff\xff",
-    encoded(smooth(8, 8), "GIF"), encoded(smooth(8, 8), "TIFF"),
+    b"", b"<html>", b"\x89PNG\r\n\x1a\n\xff\xff\xff\xff", encoded(smooth(8, 8), "GIF"),
     encoded(Image.fromarray(noise(64, 64)), "JPEG")[:-300],
     encoded(Image.fromarray(noise(64, 64)))[:-300],
 ])
@@ -704,22 +580,8 @@ def test_what_is_no_whole_jpeg_png_or_webp_is_unreadable(raw):
     assert reason(Sample("k", {"jpg": raw}).image) == "unreadable image"
 
 
-def test_damaged_bytes_give_an_image_or_a_skip_and_nothing_else():
-    draw = random.Random(0)
-    whole = [encoded(smooth(24, 18), kind, exif=turned(6)) for kind in ("JPEG", "PNG", "WEBP")]
-    n_read = 0
-    for turn in range(240):
-        raw = bytearray(whole[turn % 3])
-        for _ in range(draw.randint(1, 6)):
-            raw[draw.randrange(min(len(raw), 250))] = draw.randrange(256)
-        with contextlib.suppress(Skip):
-            n_read += Sample("k", {"jpg": bytes(raw)}).image(draw.choice((None, 8))).mode == "RGB"
-    assert 20 < n_read < 220  # both outcomes happened
-
-
 @pytest.mark.parametrize("width, height, min_size, size", [
     (640, 200, 64, (320, 100)), (640, 640, 80, (80, 80)), (640, 640, 81, (160, 160)),
-    (60, 40, 64, (60, 40)), (640, 480, None, (640, 480)),
 ])
 def test_a_jpeg_is_decoded_at_a_fraction_with_both_sides_at_least_min_size(width, height, min_size,
                                                                            size):
@@ -778,12 +640,11 @@ def test_boxes_and_segments_are_read_alike_and_cut_at_the_edges():
 
 def test_malformed_boxes_are_left_out():
     good = BOXES[0]
-    bad = [None, 7, "bbox", [1, 2, 3, 4], {}, {"bbox": [1, 2, 3], "name": "a"},
-           {"bbox": [], "name": "a"}, {"bbox": None, "name": "a"}, {"x": 1, "text": "a"}]
+    bad = [None, "bbox", [1, 2, 3, 4], {}, {"bbox": [], "name": "a"},
+           {"bbox": None, "name": "a"}, {"x": 1, "text": "a"}]
     for changes in ({"text": None}, {"text": ""}, {"text": 5}, {"text": ["red"]}, {"w": 0},
-                    {"h": -3}, {"x": "left"}, {"x": None}, {"y": 64}, {"x": 96}, {"y": -14},
-                    {"x": float("nan")}, {"w": float("nan")}, {"x": 10**400},
-                    {"x": float("-inf"), "w": float("inf")}):
+                    {"x": "left"}, {"x": None}, {"y": 64}, {"y": -14}, {"w": float("nan")},
+                    {"x": 10**400}, {"x": float("-inf"), "w": float("inf")}):
         bad.append({**good, **changes})
     for record in bad:
         assert reason(with_boxes([record]).boxes, 96, 64) == "no box", record
@@ -794,10 +655,9 @@ def test_malformed_boxes_are_left_out():
         assert reason(with_boxes(records).boxes, 96, 64) == "no box"
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_boxes_follow_the_pixels_through_every_orientation(orientation, kind):
-    sample = painted_sample(orientation=orientation, kind=kind)
+def test_boxes_follow_the_pixels_through_every_orientation(orientation):
+    sample = painted_sample(orientation=orientation)
     image = sample.image()
     pixels = np.asarray(image).astype(int)
     assert image.size == ((64, 96) if orientation > 4 else (96, 64))
@@ -843,18 +703,10 @@ def test_one_of_the_images_of_a_sentence_is_drawn():
     assert set(counts) == {0, 1} and min(counts.values()) > 70
 
 
-def test_texts_and_images_in_turn_are_in_order_already():
-    sample = document_sample(texts=["a", None, "b", None, None],
-                             images=[None, "k.1.png", None, "k.9.png", "k.0.png", "k.2.png"])
-    assert read_document(sample) == ["a", 1, "b", 0, 2]
-    assert read_document(sample, max_images=3) == ["a", 1, "b", 0]
-
-
 @pytest.mark.parametrize("record, why", [
-    ({"text_list": ["a"]}, "no document"), ({"texts": "a", "images": []}, "no document"),
-    ({"text_list": ["a"], "image_info": []}, "no image left"),
+    ({"text_list": ["a"]}, "no document"), ({"text_list": 3, "image_info": []}, "no document"),
     ({"text_list": [], "image_info": [matched(0, 0)]}, "no image left"),
-    ({"texts": ["a"], "images": ["k.9.png"]}, "no image left"),
+    ({"text_list": ["a"], "image_info": [matched(9, 0)]}, "no image left"),
 ])
 def test_a_document_without_images_has_its_reason(record, why):
     sample = document_sample(**record)
@@ -893,11 +745,7 @@ def test_random_crops_reach_every_corner_and_the_flip_mirrors():
         want = pixels[top:top + 16, left:left + 16].transpose(2, 0, 1)
         assert np.array_equal(view, want[..., ::-1] if is_mirrored else want)
         counts.update([("left", left), ("top", top), ("mirrored", is_mirrored)])
-        plain = data.resize_and_crop(image, 16, np.random.default_rng(seed))
-        assert plain[0, 0, 0] < plain[0, 0, -1]  # no flip unless wanted
-    for outcome in [(side, k) for side in ("left", "top") for k in range(4)]:
-        assert counts[outcome] > 40  # 75, deviation 8
-    assert counts["mirrored", True] > 100 < counts["mirrored", False]
+    assert len(counts) == 4 + 4 + 2 and min(counts.values()) > 40  # 75, deviation 8
 
 
 def test_random_boxes_lie_inside_and_have_the_wanted_area_and_shape():
@@ -945,8 +793,8 @@ def slow_order(starts, seed, epoch, window=64):
     return order
 
 
-@pytest.mark.parametrize("window", [1, 2, 3, 5, 64])
-@pytest.mark.parametrize("seed, epoch", [(0, 0), (0, 1), (7, 12)])
+@pytest.mark.parametrize("window", [1, 3, 64])
+@pytest.mark.parametrize("seed, epoch", [(0, 0), (7, 12)])
 def test_the_order_is_the_rule_spelled_out(monkeypatch, window, seed, epoch):
     monkeypatch.setattr(data, "WINDOW", window)
     order = ShuffledOrder(STARTS, 8, seed)
@@ -956,11 +804,6 @@ def test_the_order_is_the_rule_spelled_out(monkeypatch, window, seed, epoch):
     backwards = [order.sample(epoch, position) for position in reversed(range(40))]
     assert samples == backwards[::-1]  # what is remembered does not mislead
     assert [order(5 * epoch + 1, row) for row in range(8)] == samples[8:16]
-
-
-def test_orders_differ_between_epochs_and_seeds():
-    orders = {tuple(slow_order(STARTS, seed, epoch)) for seed in range(3) for epoch in range(3)}
-    assert len(orders) == 9
 
 
 def test_the_tail_that_fills_no_batch_waits_for_another_epoch():
@@ -1027,7 +870,7 @@ def all_ranks(index, steps, example=number, batch=8, world_size=1, workers=0):
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@pytest.mark.parametrize("world_size, workers", [(1, 0), (2, 0), (4, 0), (1, 1), (2, 3)])
+@pytest.mark.parametrize("world_size, workers", [(1, 0), (4, 0), (2, 3)])
 def test_ranks_and_workers_together_read_each_sample_once_per_epoch_in_order(numbered, world_size,
                                                                              workers):
     batches = all_ranks(numbered, 10, world_size=world_size, workers=workers)
@@ -1038,7 +881,7 @@ def test_ranks_and_workers_together_read_each_sample_once_per_epoch_in_order(num
     assert batches["draw"].flatten()[:40].tolist() == draws
 
 
-@pytest.mark.parametrize("start_step, workers", [(1, 0), (4, 1), (5, 0), (8, 2), (9, 1)])
+@pytest.mark.parametrize("start_step, workers", [(1, 0), (5, 0), (8, 2), (9, 1)])
 def test_a_run_resumed_at_any_step_reads_what_it_would_have_read(numbered, start_step, workers):
     whole = list(data.loader(dataset_of(numbered, rank=1, world_size=2), 0, 9, 0, CPU))
     again = dataset_of(Index(numbered.paths), rank=1, world_size=2)
@@ -1061,8 +904,8 @@ def counts_of(skipped):
     return {reason: n for reason, n in zip(data.REASONS, skipped.tolist()) if n}
 
 
-@pytest.mark.parametrize("positions", [[5], [7], [8, 9, 10], [39], [39, 0], [38, 39, 0, 1]])
-@pytest.mark.parametrize("world_size, workers", [(1, 0), (2, 0), (4, 0), (1, 1)])
+@pytest.mark.parametrize("positions", [[7], [8, 9, 10], [38, 39, 0, 1]])
+@pytest.mark.parametrize("world_size, workers", [(1, 0), (4, 0), (1, 1)])
 def test_a_sample_that_cannot_be_used_is_replaced_by_the_next_and_no_other_row_moves(
         numbered, world_size, workers, positions):
     order = slow_order(STARTS, 3, 0)
@@ -1088,27 +931,6 @@ def test_when_no_sample_can_be_used_the_run_ends_with_one_line(numbered, workers
     batches.close()
 
 
-def test_bad_samples_of_every_kind_are_counted(tmp_path):
-    good = encoded(smooth(8, 8))
-    samples = [
-        {"jpg": good, "txt": b"fine"}, {"jpg": b"", "txt": b"x"}, {"txt": b"x"},
-        {"jpg": good, "txt": b" "}, {"jpg": good, "txt": b"caf\xe9"}, {"jpg": good, "json": b"{"},
-        {"jpg": png_of_size(9999, 9999), "txt": b"x"}, {"jpg": good}]
-    members = [(f"{i}.{suffix}", raw) for i, sample in enumerate(samples)
-               for suffix, raw in sample.items()]
-    index = Index([write_tar(tmp_path / "0.tar", members)])
-
-    def example(sample, rng):
-        sample.caption(rng)
-        sample.image()
-        return number(sample, rng)
-
-    counts = counts_of(dataset_of(index, example)[0]["skipped"])
-    assert sum(counts.values()) == 28  # the one good sample fills 8 rows: 0 + 1 + ... + 7 misses
-    assert set(counts) == {"unreadable image", "no image", "empty caption", "text not UTF-8",
-                           "unreadable json", "too many pixels", "no caption"}
-
-
 def test_rows_of_two_kinds_alternate_evenly_and_each_has_its_own_order(numbered):
     class Cfg:
         batch = 8
@@ -1128,16 +950,6 @@ def test_rows_of_two_kinds_alternate_evenly_and_each_has_its_own_order(numbered)
         batches = [source.order.batch if source else 0 for source in sources]
         assert batches == want and share == float(want[1] > 0)
         assert len(data.BatchDataset(sources, 8, share=share)[0]["n"]) == 8
-
-
-def test_a_sample_keeps_its_crop_on_any_rank_and_gets_another_in_another_epoch(numbered):
-    plain = all_ranks(numbered, 10)
-    draws = dict(zip(plain["n"].flatten().tolist()[:40], plain["draw"].flatten().tolist()))
-    other = all_ranks(numbered, 10, batch=4, world_size=2)
-    for n, draw in zip(other["n"].flatten().tolist(), other["draw"].flatten().tolist()):
-        assert draw == draws[n]  # also in batches of another size
-    again = plain["n"].flatten().tolist()[40:]
-    assert all(draws[n] != draw for n, draw in zip(again, plain["draw"].flatten().tolist()[40:]))
 
 
 # ---- loader ----
@@ -1222,7 +1034,3 @@ def test_too_little_shared_memory_is_one_line_before_the_first_step(monkeypatch)
     Status.f_bavail = n_bytes * 9
     with pytest.raises(UserError, match="/dev/shm"):
         data.check_shared_memory(batch, 1)
-
-
-def test_a_run_that_is_finished_has_no_batches_and_starts_no_worker(numbered):
-    assert list(data.loader(dataset_of(numbered), 9, 9, 2, CPU)) == []

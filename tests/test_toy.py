@@ -331,7 +331,7 @@ def test_masks_and_pixels_under_the_boxes_are_what_the_boxes_say(pairs):
             rgb = np.median(row.image[area][inside], 0)
             distances = {name: np.abs(rgb - known).sum() for name, known in data.COLORS.items()}
             assert thing.texture or min(distances, key=distances.get) == thing.color
-            assert (thing.size == "large") == (max(box["w"], box["h"]) > 21)
+            assert (thing.size == "large") == (max(box["w"], box["h"]) > 23)
             rest[area] = 0
         assert not rest.any()
 
@@ -390,12 +390,12 @@ def test_documents_name_their_pictures_and_the_sentences_about_them(toy_data):
         names = [info["image_name"] for info in record["image_info"]]
         places = [info["matched_text_index"] for info in record["image_info"]]
         assert names == [f"{key}.{suffix}" for suffix in members if suffix != "json"]
-        assert 2 <= len(names) <= 4 and places == sorted(set(places)) and places[-1] < len(texts)
+        assert 2 <= len(names) <= 3 and places == sorted(set(places)) and places[-1] < len(texts)
         for info in record["image_info"]:
-            assert 0.2 <= info["matched_sim"] <= 0.4
+            assert 0.23 <= info["matched_sim"] <= 0.4
         for place in places:  # a sentence about the picture: a caption
             assert THING.search(texts[place].lower()) and texts[place] not in data.CHATTER
-            assert not re.match("The |Next comes|We can see", texts[place])
+            assert not re.match("The |We can see", texts[place])
         asides = [text for text in texts if " in the first picture was " in text]
         assert len(set(asides)) <= 1
         n_chatter += any(text in data.CHATTER for text in texts)
