@@ -3,7 +3,8 @@
 Nothing here knows a loss. Reading order: ViT and Block (the models), all_gather_with_grad and
 average_gradients (what makes many ranks one run), then resume_from and Log.
 
-Dimension key: B rows of this rank, N patches, L text tokens, D width, H heads, P numbers a patch.
+Dimension key: B rows of this rank, N patches, K kept patches, L tokens, D width, H heads, P numbers
+a patch, S side of an image in pixels.
 """
 import argparse
 import dataclasses
@@ -53,7 +54,8 @@ class UserError(Exception):
 def attention(q, k, v, mask=None, causal=False):
     """Scaled dot-product attention of q, k, v (B, H, L, D/H).
 
-    mask: None, a bool tensor (True = may attend), or a FlexAttention BlockMask.
+    mask: None, a bool tensor (True = may attend), or a FlexAttention BlockMask. causal: no token
+    attends to a later one; only without a mask.
     """
     if mask is None or isinstance(mask, torch.Tensor):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
@@ -178,7 +180,8 @@ def init_weights(module):
 
 def sincos_positions(grid, dim):
     """Fixed 2-D positions (grid * grid, dim): half for the column, half for the row (MAE)."""
-    assert dim % 4 == 0, f"a width of {dim} is no multiple of 4, as sine-cosine positions need"
+    if dim % 4:
+        raise UserError(f"a width of {dim} is no multiple of 4, as sine-cosine positions need")
     omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
     angle = torch.arange(grid, dtype=torch.float64)[:, None] * omega  # (grid, dim/4)
     table = torch.cat([angle.sin(), angle.cos()], 1)  # (grid, dim/2)
@@ -239,7 +242,7 @@ class ViT(nn.Module):
         position = self.pos_embed[:, -self.grid**2:]
         if ids_keep is not None:
             x = x.gather(1, ids_keep[..., None].expand(-1, -1, x.shape[2]))
-            # position[0][ids_keep], whose gradient would be summed in no fixed order
+            # not position[0][ids_keep]: its gradient would be summed in no fixed order
             position = F.embedding(ids_keep, position[0])
         # a strided convolution is slow on the CPU; this is the same product
         x = F.linear(x, self.patch_embed.proj.weight.flatten(1), self.patch_embed.proj.bias)
@@ -336,7 +339,7 @@ def checkpointed_chunks(fn, micro, *rows):
 
 
 def adamw(model, wd, betas, eps=1e-8):
-    """AdamW that decays matrices and larger shapes only (MAE: not biases, gains, other vectors)."""
+    """AdamW that decays all but scalars and 1-D shapes (MAE: biases and gains); tokens decay."""
     decay = []
     no_decay = []
     for p in model.parameters():
@@ -474,8 +477,11 @@ def check_batch(batch, group=None):
                         f"ranks: try {remedy}")
     rows = batch // ranks
     if group is not None and (group < 2 or group % 2 or rows % group):
+        remedy = f"--group {math.gcd(group + group % 2, rows)}"
+        if rows % 2:
+            remedy = f"--batch {batch + ranks}"
         raise UserError(f"--group {group} must be even and divide the {rows} rows of a rank: "
-                        f"try {max(2, math.gcd(group, rows))}")
+                        f"try {remedy}")
 
 
 def cpu_count():
@@ -537,7 +543,7 @@ def partner(x, group):
 # ---- precision and schedule ----
 
 def autocast(precision, device):
-    """auto: bfloat16 on CUDA, float32 on the CPU. fp32 and bf16 force one."""
+    """auto and bf16: bfloat16 on CUDA; auto and fp32: float32 on the CPU. fp32 forces float32."""
     if precision not in ("auto", "bf16", "fp32"):
         raise UserError(f"--precision {precision}: choose auto, bf16 or fp32")
     if precision == "bf16" and device.type == "cpu":
@@ -564,7 +570,7 @@ def cosine_lr(step, steps, warmup, max_lr):
     warmup = min(warmup, steps // 10)
     if step < warmup:
         return max_lr * (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
+    done = (step - warmup) / (steps - warmup)
     return max_lr * (1 + math.cos(math.pi * done)) / 2
 
 
@@ -635,7 +641,7 @@ def check_values(cfg):
             continue
         if not value >= at_least.get(name, 0):
             raise UserError(f"{flag(name)} {value}: at least {at_least.get(name, 0)} is needed")
-        if name.endswith(("scale", "share", "ratio")) and value > 1:
+        if name.endswith(("scale", "share", "ratio", "momentum")) and value > 1:
             raise UserError(f"{flag(name)} {value}: at most 1 is possible")
 
 
@@ -824,7 +830,7 @@ def write_config(cfg, model, start_step):
 
 
 def print_summary(cfg, device, model, sources, start_step, max_lr):
-    """The lines that a run opens with. sources: training sets with .index and .order, or None."""
+    """The lines that a run opens with; also out/config.json. sources: training sets, or None."""
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print0(f"{cfg.method}: {millions:.1f} M parameters, {world_size()} rank(s) on {name}")
@@ -862,9 +868,10 @@ class Log:
     """A line in out/log.jsonl and on the screen every cfg.log_every steps and at each save.
 
     Reading values waits for the device, which is why it is not done at every step. All ranks call
-    it at every step. It raises UserError on all of them when loss or gradient is not finite, or
-    when more than a tenth of the samples cannot be read. TERM, INT or USR1 to any rank sets `stop`
-    on all ranks at the next line.
+    the log at every step. It raises UserError on all of them when more than a tenth of the samples
+    cannot be read, or when loss or gradient is not finite; a save step is always checked before it
+    is saved, so that no checkpoint holds NaN. TERM, INT or USR1 to any rank sets `stop` on all
+    ranks at the next line; main then saves and ends.
     """
 
     def __init__(self, cfg, start_step, reasons, unreadable):

@@ -1,4 +1,4 @@
-"""From tar shards to batches: index, samples, views, order, loader, tokenizer, and toy data.
+"""From tar shards to batches; and toy data, converters, filters and a check of shards.
 
     python data.py make                                  # write the toy data under runs/
     python data.py index 'cc3m/{00000..00331}.tar'       # count shards and samples
@@ -9,8 +9,8 @@
 
 A shard is a plain tar in which the files of a sample are neighbors and share a key, the part of
 their name before the first dot: 0001.jpg 0001.txt 0001.json. Read in this order: Index (where each
-sample lies), Sample (what is in it), ShuffledOrder (which sample at which step), BatchDataset and
-loader (batches).
+sample lies), Sample (what is in it), ShuffledOrder (which sample at which step), TrainingSet (a
+row, or the next sample's where one cannot be used), BatchDataset and loader (batches).
 
 Departure from stream readers such as webdataset: samples are read by random access, so that the
 order of the samples, and going on in the middle of it, depend on neither ranks nor workers.
@@ -482,8 +482,13 @@ class Index:
             lines.append(f"{path}: " + ", ".join(f"{note} ({n})" for note, n in notes.items()))
         return lines
 
-    def __reduce__(self):  # another process maps the tables anew instead of getting a copy
-        return Index, (self.paths,)
+    def __reduce__(self):  # another process maps the tables anew, once, instead of getting a copy
+        return received_index, (tuple(self.paths),)
+
+
+@functools.lru_cache(maxsize=1)  # each task of parallel_map brings it again
+def received_index(paths):
+    return Index(paths)
 
 
 def open_index(patterns, split="train"):
@@ -804,6 +809,7 @@ def resize_and_crop(image, size, rng=None, flip=False, full=346 / 289):
     if rng is None:
         x = (full_size - size) // 2
         y = x
+        flip = False
     else:
         x = int(rng.integers(full_size - size + 1))
         y = int(rng.integers(full_size - size + 1))
@@ -811,7 +817,7 @@ def resize_and_crop(image, size, rng=None, flip=False, full=346 / 289):
     x_scale = image.width / full_size
     y_scale = image.height / full_size
     box = (x * x_scale, y * y_scale, (x + size) * x_scale, (y + size) * y_scale)
-    return to_chw(image.resize((size, size), Image.BILINEAR, box=box), flip and rng is not None)
+    return to_chw(image.resize((size, size), Image.BILINEAR, box=box), flip)
 
 
 def random_box(rng, width, height, scale, ratio=(3 / 4, 4 / 3)):
@@ -865,7 +871,8 @@ class ShuffledOrder:
         self.seed = seed
         self.n = int(starts[-1])
         if batch > self.n:
-            raise UserError(f"--batch {batch} is larger than the data ({self.n} samples)")
+            raise UserError(f"a batch takes {batch} samples of these data, which have {self.n}: "
+                            "give a smaller --batch")
         self.steps_per_epoch = self.n // batch
         self.last_epoch = (None, None)  # epoch, what _shards gives for it
         self.last_window = (None, None)  # (epoch, window), its shuffled samples
@@ -912,8 +919,8 @@ class TrainingSet:
     """Training rows: samples of an index in a ShuffledOrder, each made by example(sample, rng).
 
     example gives {name: numpy array} and may raise Skip. A sample that cannot be used is replaced
-    by the next one of the epoch that can, so no other row moves. rng depends on (seed, epoch,
-    sample) alone.
+    by the next one of the epoch that can, which then occurs twice; no other row moves. rng depends
+    on (seed, epoch, sample) alone.
     """
 
     def __init__(self, index, order, example):
@@ -1025,8 +1032,9 @@ def check_shared_memory(batch, workers):
 def loader(dataset, start_step, steps, workers, device):
     """Iterator over the batches of steps start_step ... steps - 1, on the device.
 
-    workers: processes that make them, a few ahead; 0: this one; None: as many as cores but one. A
-    batch also holds "skipped" (counts, on the CPU) and "data_wait" (seconds it was waited for).
+    workers: processes that make them, a few ahead; 0: this one; None: as many as cores but one, at
+    most 16. A batch also holds "skipped" (counts, on the CPU) and "data_wait" (seconds it was
+    waited for).
     close() ends the workers. Raises UserError if a batch cannot be made or a worker has died.
     """
     if workers is None:
@@ -1108,10 +1116,10 @@ class Tokenizer:
         heapq.heapify(heap)
         merges = []
         while heap and cls.FIRST_MERGE + len(merges) < vocab_size:
-            n, pair = heapq.heappop(heap)
-            if -n != pair_counts[pair]:  # outdated: it was pushed again when its count changed
+            negative_count, pair = heapq.heappop(heap)
+            if -negative_count != pair_counts[pair]:  # outdated: pushed again when it changed
                 continue
-            if -n < 2:
+            if pair_counts[pair] < 2:
                 break
             new_id = cls.FIRST_MERGE + len(merges)
             merges.append(pair)
@@ -1347,7 +1355,10 @@ class Scene:
 
 
 def third(x):
-    """0, 1, 2 for the first, second, last third of the image; None near a border of two."""
+    """0, 1, 2: before, in or behind the middle of the image; None near a border of two.
+
+    The middle is narrow: the centers of the largest objects lie in 23 ... 41.
+    """
     if x <= 26:
         return 0
     if 28 <= x <= 36:
@@ -1357,7 +1368,7 @@ def third(x):
     return None
 
 
-@functools.lru_cache(maxsize=None)  # some 200 combinations, each drawn once per process
+@functools.lru_cache(maxsize=None)  # 384 combinations, each drawn once per process
 def stencil(shape, side, texture):
     """Coverage of a shape, coverage of its darker texture, and its hard mask (side, side).
 
@@ -1551,7 +1562,7 @@ def other_questions(things, a):
     questions = [(f"what size is the {a.name}?", a.size),
                  (f"what pattern has the {a.name}?", a.texture)]
     if sum(thing.shape == a.shape for thing in things) == 1:
-        questions.append((f"what colour is the {a.shape}?", a.color))
+        questions.append((f"what color is the {a.shape}?", a.color))
     if sum(thing.color == a.color for thing in things) == 1:
         questions.append((f"what shape is the {a.color} object?", a.shape))
     for name, (ux, uy) in RELATIONS.items():
@@ -1787,15 +1798,19 @@ class Images:
         self.paths_of = collections.defaultdict(set)  # of the last part of a place
         paths = []
         for root, folders, names in os.walk(folder):  # which follows no link to a folder
-            for name in folders + names:
+            for name in folders:
                 path = os.path.join(root, name)
                 if is_hidden(name):
                     drop("hidden file or folder", path)
-                elif name in folders and os.path.islink(path):
+                elif os.path.islink(path):
                     drop("link to a folder", path)
-                elif name in names and suffix_of(name) not in IMAGES:
+            for name in names:
+                path = os.path.join(root, name)
+                if is_hidden(name):
+                    drop("hidden file or folder", path)
+                elif suffix_of(name) not in IMAGES:
                     drop(f"file that is no image: .{suffix_of(name)}", path)
-                elif name in names:
+                else:
                     paths.append(path)
             folders[:] = [name for name in folders if not is_hidden(name)]
         path_of = {}  # of a real path
@@ -1948,8 +1963,9 @@ def from_vqa(job):
         value = read_lists(path, "questions")
         for row in value["questions"]:
             with job.record("question", row):
-                qa = {"question": field(row, "question", str), "question_id": row["question_id"],
-                      **field(row, "question_id", int, answers)}
+                qa = {"question": field(row, "question", str),
+                      **field(row, "question_id", int, answers),
+                      "question_id": row["question_id"]}
                 image = field(row, "image_id", int)
                 yield f"COCO_{value.get('data_subtype')}_{image:012d}.jpg", {"qa": [qa]}
 
@@ -2120,8 +2136,11 @@ def clean_name(text):
 
 def check_same_classes(classes, out):
     """Their numbers are lines of classes.txt, so all parts of a data set share one list."""
-    known = read_lines_near([f"{out}/x.tar"], "classes.txt")
-    if classes and os.path.exists(f"{out}/classes.txt") and known != classes:
+    path = f"{out}/classes.txt"
+    if not classes or not os.path.exists(path):
+        return
+    known = read_lines_near([path], "classes.txt")
+    if known != classes:
         raise UserError(f"{out}/classes.txt lists other classes ({len(known)}, here "
                         f"{len(classes)}): give another folder")
 

@@ -206,8 +206,8 @@ def embed_pairs(model, tokenizer, index, cfg, device):
 
 
 # ---- metrics ----
-# Fractions of 1. Of equal scores the earlier index ranks first, so that a constant model does not
-# score 100 %; a NaN is never right.
+# Fractions of 1, but for CIDEr. Of equal scores the earlier index ranks first, so that a constant
+# model does not score 100 %; ranks and knn never count a NaN as right.
 
 def ranks(scores, target):
     """Place of each row's target, 0 = best: how many in its row are larger, or equal and earlier.
@@ -281,6 +281,7 @@ def k_nearest(sim, k):
 
     topk breaks ties as it likes, so only its k-th value is used.
     """
+    sim = sim.masked_fill(sim.isnan(), -torch.inf)  # topk takes a NaN for the largest
     kth = sim.topk(k).values[:, -1:]
     above = sim > kth
     tied = sim == kth
@@ -454,7 +455,7 @@ def cider_of_ngrams(captions, references, n):
     for caption, refs, counts in zip(captions, references, reference_counts):
         vector = tf_idf(ngram_counts(caption, n))
         for ref, ref_counts in zip(refs, counts):
-            gap = n_bigrams(caption) - n_bigrams(ref)
+            gap = n_bigrams(caption) - n_bigrams(ref)  # of length, as the reference counts it
             similarity = clipped_cosine(vector, tf_idf(ref_counts))
             total += similarity * math.exp(-(gap**2) / (2 * 6**2)) / len(refs)
     return total / len(captions)
@@ -810,7 +811,7 @@ def zeroshot(model, tokenizer, paths, cfg, device):
     text = encode_texts(model, tokenizer, prompts, cfg, device)
     classifier = prompt_ensemble(text.unflatten(0, (len(names), len(templates))))
     scores = image @ classifier.T
-    predicted = labels.where(ranks(scores, labels) < 1, -1)
+    predicted = labels.where(ranks(scores, labels) < 1, -1)  # -1: another class is first
 
     rows = []
     for suffix, group in seen_and_unseen(paths, names, labels).items():
@@ -1005,7 +1006,7 @@ def reference_rows(model, tokenizer, index, captions, ids, cfg, device):
 
 
 def nats_per_token(model, tokenizer, index, text_of, cfg, device):
-    """Mean cost of a token of {sample number: text}, each given the image of its sample."""
+    """Minus the mean over images of model.score, each with the text {sample number: text}."""
     scores = [torch.zeros(0)]
     for images, _, ids in iter_images(index, model.held_out_view, read_captions):
         tokens, valid = tokenize(tokenizer, [text_of[i] for i in ids], cfg.context)
@@ -1109,22 +1110,28 @@ def table(rows):
 
 
 def evaluate(model, tokenizer, cfg, device):
-    """A script's own evaluation on cfg.val -> {metric: fraction}, also in out/result.json.
+    """A script's own evaluation on cfg.val -> {metric: value}, also in out/result.json.
 
-    A protocol that cannot run is a line with its reason. Trained heads take longer and are left to
-    the command line.
+    Of two held-out sets with the same metric, the later one's is called "METRIC on SET". A protocol
+    that cannot run is a line with its reason. Trained heads take longer and are left to the command
+    line.
     """
     if not cfg.val:
         print0("no --val: nothing held out to evaluate on")
         return {}
-    rows = []
+    result = {}
+    rows_of = collections.defaultdict(list)  # of a pattern
     results = run_protocols(model, tokenizer, cfg.val, cfg, device)
-    for pattern, task, new_rows, reason in results:
-        rows += [row for row in new_rows if not row[0].endswith("_mean_per_class")]
+    for pattern, task, rows, reason in results:
+        rows_of[pattern] += [row for row in rows if not row[0].endswith("_mean_per_class")]
         if reason is not None:
             print0(f"{task} on {pattern}: - ({reason})")
-    print0(f"held out:\n{table(rows)}")
-    result = {metric: value for metric, value, _ in rows}
+    for pattern, rows in rows_of.items():
+        if rows:
+            print0(f"held out, {pattern}:\n{table(rows)}")
+        for metric, value, _ in rows:
+            name = metric if metric not in result else f"{metric} on {pattern}"
+            result[name] = value
     write_result(result, cfg)
     return result
 
@@ -1683,7 +1690,7 @@ def add_head_arguments(parser, task):
         parser.add_argument(f"--{name}", type=type(default),
                             help=f"{text} [{default:g}; toy data {toy_default:g}]")
     parser.add_argument("--frozen", action="store_true", default=None,
-                        help="train the head alone and leave the encoder as it is")
+                        help="leave the image encoder as it is and train the rest")
 
 
 def recipe_for(task, args):
@@ -1720,7 +1727,7 @@ def open_parts(task, paths):
         folder = os.path.dirname(os.path.abspath(paths[0]))
         raise UserError(f"{task} also needs training shards, and there are none beside {paths[0]}: "
                         f"put train-*.tar into {folder}")
-    return data.open_index(train_paths), data.open_index(paths, "test")
+    return data.open_index(train_paths, "train"), data.open_index(paths, "test")
 
 
 def layer_number(name, depth):
@@ -1794,7 +1801,7 @@ def train_head(head, train, example, recipe, cfg, device, task):
 
 
 def check_training(task, skipped, loss):
-    """Say what was skipped; UserError if the last loss is not finite on all ranks."""
+    """Say what was skipped; UserError unless the last loss is finite on every rank."""
     counts = common.all_reduce_sum(skipped).tolist()
     reasons = [f"{n} {reason}" for reason, n in zip(data.REASONS, counts) if n]
     if reasons:
@@ -1987,7 +1994,8 @@ def count_mask_classes(train, test, paths):
                         "masks as large as their images")
     names = data.read_lines_near(paths, "classes.txt", "classnames.txt")
     if names is None:
-        return 1 + max(filter(None, read_records(train, largest_class)), default=largest)
+        trained = max(filter(None, read_records(train, largest_class)), default=0)
+        return 1 + max(largest, trained)
     check_mask_class(largest, len(names), f"the masks of {paths[0]} ...")
     return len(names)
 
@@ -2600,9 +2608,8 @@ def report(columns, reasons):
 def add_command(commands, name, run, nargs=None):
     """A sub-command -> its parser, with the arguments that all of them have."""
     parser = commands.add_parser(name, help=HELP[name], description=HELP[name], allow_abbrev=False)
-    parser.set_defaults(run=run, random_init=False)
+    parser.set_defaults(run=run, random_init=False, seed=0)
     parser.add_argument("checkpoint", nargs=nargs, help="last.pt of a run")
-    parser.add_argument("--seed", type=int, default=0, help="of new weights and training [0]")
     return parser
 
 
@@ -2619,6 +2626,8 @@ def make_parser():
         if name in ("knn", "linear", *HEADS):
             command.add_argument("--random-init", action="store_true",
                                  help="new weights of the same sizes: what training has to beat")
+            command.add_argument("--seed", type=int, default=0,
+                                 help="of new weights and training [0]")
         if name in HEADS:
             add_head_arguments(command, name)
 

@@ -110,12 +110,12 @@ class Config:
                     "text_dim", "text_depth", "text_heads")
 
 
-# Toy data on two CPU cores. Most images follow what is said about them, since only then does the
-# contrast learn from it. At this size a weight of 0.1 is too weak for the contrast.
+# Toy data on two CPU cores. Images follow what is said about them, or the contrast would not learn
+# from it. A second sentence may come after. At this size a weight of 0.1 is too weak.
 DEMO = dict(
-    image_size=48, patch=8, dim=128, depth=3, heads=4, scale=1.0, docs_share=0.25, image_first=0.2,
+    image_size=48, patch=8, dim=128, depth=3, heads=4, scale=1.0, docs_share=0.25, image_first=0.0,
     text_dim=64, text_depth=2, text_heads=2, context=256, vocab_size=512, w_con=1.0,
-    batch=64, steps=650, lr=1e-3, warmup=40, wd=0.05, save_every=100,
+    batch=64, steps=900, lr=1e-3, warmup=40, wd=0.05, save_every=100,
 )
 
 

@@ -30,7 +30,7 @@ Departures: the text of the paper after its introduction was not available to us
 Figure 1, the caption of its Figure 2, and that the text encoder has BERT-Base's architecture. All
 else is ours or that of its sibling SiameseIM (arXiv 2206.01204), as marked in Config. Differences
 from SiameseIM:
-- the encoder ends with a final norm; projector and decoder have 12 heads where SiameseIM has 16
+- the encoder ends with a final norm; projector and decoder have its heads (SiameseIM: 16)
 - its patch embedding and its positions are trained (there frozen; fixed sines and cosines)
 - the class token enters neither projector nor decoder
 - the blur is in proportion to the size of a view, as published at 224 pixels
@@ -97,7 +97,7 @@ class Config:
     text_dim: int = 768  # paper: BERT-Base
     text_depth: int = 12  # paper: BERT-Base
     text_heads: int = 12  # paper: BERT-Base
-    temperature: float = 0.07  # ours: initial value; the inverse is learned as a log, at most 100
+    temperature: float = 0.07  # ours: initial; log(1 / it) is learned, 1 / it at most 100
     classes: int = 0  # counted in classes.txt, not to be given
     # objective
     w_intra: float = 1.0  # ours: weight of each term
@@ -130,7 +130,7 @@ class Config:
 
 
 # Toy data on two CPU cores. Captions name colors and say where things are: no crop, color or flip.
-# In a run this short the encoder does not learn by itself which patches belong together.
+# block_attention: a run this short does not learn by itself which patches belong together.
 DEMO = dict(
     image_size=48, patch=8, dim=128, depth=3, heads=4, scale=1.0, color=False, flip=False,
     mask_unit=1, group=8, block_attention=True, second_moment_weight=0.12, momentum=0.99,
@@ -434,7 +434,7 @@ class M3I(nn.Module):
         return self.decoder(self.projector(own_tokens), ids, source_geometry, target_geometry)
 
     def encode_image(self, images):
-        """(B, 3, S, S) -> the mean patch (B, D), with text its text_head (B, E); unit length."""
+        """(B, 3, S, S) -> unit vectors: the mean patch (B, D); with text, its text_head (B, E)."""
         pooled = self.vision.patch_tokens(images).mean(1)
         if self.has_text:
             pooled = self.text_head(pooled)
@@ -558,20 +558,22 @@ def losses(model, batch, mask, cfg, encode, encode_ema):
     if cfg.w_intra > 0 or cfg.w_inter > 0:
         metrics["target_std"] = target_std(target)  # of the last term's
 
+    pooled_images = images_in_mixture(tokens, mask, cfg)
+
     # text: the patches of image a predict its caption among those of all ranks, and so for b
     if cfg.w_text > 0:
         text = checkpointed_chunks(model.encode_text, cfg.micro, batch["tokens"], batch["valid"])
         logit_scale = model.log_scale.exp()
         metrics["temperature"] = 1 / logit_scale
         terms["text"] = 0
-        for pooled, row, weight in images_in_mixture(tokens, mask, cfg):
+        for pooled, row, weight in pooled_images:
             image = l2_normalize(model.text_head(pooled))  # (B, E)
             terms["text"] += weight * text_loss(image, text, batch["has_text"], row, logit_scale)
 
     # class: the patches of image a predict its class, and so for b
     if cfg.w_class > 0:
         terms["class"] = 0
-        for pooled, row, weight in images_in_mixture(tokens, mask, cfg):
+        for pooled, row, weight in pooled_images:
             terms["class"] += weight * labeled_cross_entropy(
                 model.class_head(pooled), batch["label"][row])
 
@@ -583,7 +585,8 @@ def losses(model, batch, mask, cfg, encode, encode_ema):
 def example(sample, rng, cfg, tokenizer):
     """A training row: two views, caption and class number (-1 = none).
 
-    Without image terms, an image that has neither caption nor class is skipped.
+    Without image terms, an image that has neither caption nor class is skipped; one that has
+    either stays, even if the weight of that term is 0.
     """
     has_text = sample.has_caption()
     text = sample.caption(rng) if has_text else ""
@@ -609,7 +612,7 @@ def example(sample, rng, cfg, tokenizer):
 
 
 def class_names(cfg):
-    """The lines of classes.txt beside the labeled shards; [] without such shards."""
+    """The lines of classes.txt or classnames.txt near the labeled shards; [] without shards."""
     if not cfg.labels:
         return []
     names = data.read_lines_near(data.expand(cfg.labels), "classes.txt", "classnames.txt")
@@ -626,6 +629,9 @@ def check(cfg):
     if cfg.target not in ("ema", "pixels"):
         raise UserError(f"--target {cfg.target}: choose ema or pixels")
     grid = cfg.image_size // cfg.patch
+    if grid < 1:
+        raise UserError(f"--patch {cfg.patch} is larger than --image-size {cfg.image_size}: "
+                        f"try --patch {cfg.image_size}")
     if cfg.mask_unit < 1 or grid % cfg.mask_unit:
         raise UserError(f"--mask-unit {cfg.mask_unit} does not divide the grid of {grid} patches: "
                         f"try {math.gcd(grid, cfg.mask_unit)}")
@@ -790,15 +796,16 @@ def draw(model, tokenizer, cfg, device):
         return index[ids[i]].image()
 
     picked = torch.linspace(0, len(ids) - 1, 8).long().tolist()
+    n_near = min(5, len(ids) - 1)
     cells = []
     for i in picked:
         similarity = features @ features[i]  # (I,)
         similarity[i] = -math.inf
         cells.append((picture(i), "", None))
-        for j in similarity.topk(5).indices.tolist():
+        for j in similarity.topk(n_near).indices.tolist():
             cells.append((picture(j), f"{similarity[j]:.2f}", None))
-    evaluation.sheet(cells, f"{cfg.out}/neighbours.png", 6,
-                     f"{title.capitalize()}: an image (left) and its five nearest", 112)
+    evaluation.sheet(cells, f"{cfg.out}/neighbours.png", 1 + n_near,
+                     f"{title.capitalize()}: an image (left) and its nearest", 112)
 
     rng = common.rng(common.Stream.FIGURE, cfg.seed)
     cells = []

@@ -47,7 +47,7 @@ def test_data_without_captions_are_told_what_a_caption_is(cfg, toy_data):
 
 
 def test_a_batch_larger_than_the_data_is_said(cfg):
-    says(refused(align.main, replace(cfg, batch=9999)), "--batch 9999", "256")
+    says(refused(align.main, replace(cfg, batch=9999)), "--batch", "9999", "256")
 
 
 def test_held_out_classes_without_names_are_said_before_the_training(cfg, toy_data, tmp_path):

@@ -399,6 +399,18 @@ def test_the_result_has_untrained_features_beside_trained_ones(tmp_path, capsys)
     assert f"  {'knn':<30}  {line}" in capsys.readouterr().out
 
 
+def test_results_of_two_held_out_sets_of_one_kind_stand_apart(tmp_path, capsys):
+    for name, n in (("a", 7), ("b", 8)):
+        write_shard(tmp_path / name / "train-0.tar", RED_BLUE)
+        write_shard(tmp_path / name / "test-0.tar", RED_BLUE[:n])
+    sets = [f"{tmp_path}/a", f"{tmp_path}/b"]
+    result = evaluation.evaluate(Blind(), BYTES, held_out_cfg(tmp_path, *sets), CPU)
+    assert result["knn_majority"] == 4 / 7
+    assert result[f"knn_majority on {sets[1]}"] == 1 / 2
+    out = capsys.readouterr().out
+    assert f"held out, {sets[0]}:" in out and f"held out, {sets[1]}:" in out
+
+
 def test_shards_and_model_decide_on_the_protocols(tmp_path):
     pairs = [write_shard(tmp_path / "p/test-0.tar", [("red", {"txt": "a"})])]
     both = [write_shard(tmp_path / "b/test-0.tar", [("red", {"txt": "a", "cls": "0"})])]

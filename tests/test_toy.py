@@ -292,7 +292,7 @@ def right_answer(question, things):
     match = re.fullmatch(r"what pattern has the (\w+ \w+)\?", question)
     if match:
         return by_name[match[1]].texture or "plain"
-    match = re.fullmatch(r"what colour is the (\w+)\?", question)
+    match = re.fullmatch(r"what color is the (\w+)\?", question)
     if match:
         return ",".join(thing.color for thing in things if thing.shape == match[1])
     match = re.fullmatch(r"what shape is the (\w+) object\?", question)
@@ -311,7 +311,7 @@ def test_every_question_has_the_one_right_answer(pairs):
             assert qa["answer"] == right_answer(qa["question"], things_of(row.record)), qa
             answers[qa["answer"]] += 1
             kinds.add(" ".join(qa["question"].split()[:2]))
-    assert kinds == {"is there", "is the", "how many", "what size", "what pattern", "what colour",
+    assert kinds == {"is there", "is the", "how many", "what size", "what pattern", "what color",
                      "what shape", "what is"}
     # always "yes" is right half of the time
     assert abs(answers["yes"] - answers["no"]) < 4 * (answers["yes"] + answers["no"])**0.5
