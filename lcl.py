@@ -115,7 +115,7 @@ class Config:
 DEMO = dict(
     image_size=48, patch=8, dim=128, depth=3, heads=4, scale=1.0, docs_share=0.25, image_first=0.0,
     text_dim=64, text_depth=2, text_heads=2, context=256, vocab_size=512, w_con=1.0,
-    batch=64, steps=900, lr=1e-3, warmup=40, wd=0.05, save_every=100,
+    batch=64, steps=800, lr=1e-3, warmup=40, wd=0.05, save_every=100,
 )
 
 

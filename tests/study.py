@@ -1,0 +1,350 @@
+"""The papers' central claims as small controlled experiments on the toy data.
+
+    python tests/study.py --list         # claims, arms, expected minutes
+    python tests/study.py                # everything; started again, it goes on where it stopped
+    python tests/study.py T --seeds 1    # one claim, seed 0 alone
+    python tests/study.py --report       # tables and a picture of what has been run
+
+An arm is a script and the settings in which it differs from its demo. The script's own main()
+trains and evaluates it with one thread; a finished run is a line of tests/results/study.jsonl.
+
+The rule, written down before the runs: arms are compared seed by seed. A difference is shown if the
+95 % interval of its mean (Student's t) lies above 0, reversed if below, else not shown; a claim of
+equality is equal if it lies inside the margin. Of several references the one of the highest mean
+counts. While seeds are missing, a comparison is open.
+"""
+import argparse
+import contextlib
+import importlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass, field, replace
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+import torch
+from PIL import Image, ImageDraw
+
+import common
+import data
+import eval as evaluation
+
+PATH = "tests/results/study.jsonl"
+ENCODER = dict(image_size=48, patch=8, dim=128, depth=3, heads=4)  # of every arm
+LEARNING_RATES = {"align": 3e-3, "mug": 2e-3, "lcl": 1e-3, "timix": 1e-3, "m3i": 8e-3}  # the demos'
+T_CRITICAL = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 1 to 9 degrees
+FEW = dict(scenes=250)
+TERMS = ["class", "text", "intra", "inter"]  # of M3I
+
+
+# ---- claims ----
+
+@dataclass
+class Arm:
+    script: str
+    settings: dict = field(default_factory=dict)  # in which it differs from the demo
+    toy: dict = field(default_factory=dict)  # options of data.make_toy_data, for training
+    share: float = 1.0  # of the claim's steps
+    after: str = None  # the arm whose encoder it starts from
+    as_long_as: tuple = ()  # (slow, fast): fast with more steps, to take the time of slow
+
+
+@dataclass
+class Claim:
+    """An arm takes samples / batch steps, but for its `share` or `as_long_as`."""
+    text: str
+    samples: int
+    batch: int
+    seeds: int
+    minutes: float  # of a run, roughly: one thread, beside another run
+    sources: dict  # {field of Config: part of the toy data}
+    metrics: list  # reported; the first one is judged
+    comparisons: list  # [(arm, its references)]
+    arms: dict
+    heads: tuple = ()  # tasks of eval.py beside the script's own evaluation
+    margin: float = None  # of a claim of equality
+
+
+def terms(*names, **options):
+    return Arm("m3i", {f"w_{name}": float(name in names) for name in TERMS}, **options)
+
+
+CLAIMS = {  # in the order in which they run
+    "T": Claim(
+        "TiMix: mixing by text is data efficient (250 scenes)",
+        samples=25_600, batch=64, seeds=5, minutes=6, sources={"data": "pairs"},
+        metrics=["i2t_r1", "t2i_r1"],
+        comparisons=[("text", ["none"]), ("text", ["random"]), ("text", ["none-equal-time"])],
+        arms={
+            **{mix: Arm("timix", dict(mix=mix), FEW)
+               for mix in ("none", "cutmix", "random", "text")},
+            "none-equal-time": Arm("timix", dict(mix="none"), FEW, as_long_as=("text", "none")),
+            "none-20000": Arm("timix", dict(mix="none")),
+            "text-20000": Arm("timix", dict(mix="text")),
+        }),
+    "L1": Claim(
+        "LCL: both losses together, on documents",
+        samples=25_600, batch=64, seeds=5, minutes=10, sources={"docs": "docs"},
+        metrics=["attentive", "linear", "spread", "cosine"], heads=("attentive",),
+        comparisons=[("lcl", ["con", "gen"])],
+        arms={name: Arm("lcl", dict(objective=name)) for name in ("lcl", "con", "gen", "gen+reg")}),
+    "G": Claim(
+        "MUG: pixels and captions together (finetune: a tenth as many images as pairs)",
+        samples=64_000, batch=128, seeds=4, minutes=11, sources={"data": "pairs"},
+        metrics=["linear", "knn", "finetune", "miou"], heads=("finetune", "segment"),
+        comparisons=[("MUG", ["contrast", "pixels", "captions"]), ("contrast", ["pixels"])],
+        arms={
+            "contrast": Arm("align"),
+            "pixels": Arm("mug", dict(cap_weight=0.0)),
+            "captions": Arm("mug", dict(recon_weight=0.0)),
+            "MUG": Arm("mug"),
+            "LCL": Arm("lcl"),
+            "TiMix": Arm("timix", dict(boxes=False)),  # boxes would be more than pairs
+            "M3I": Arm("m3i", dict(w_class=0.0)),  # and so would classes
+            "random-weights": Arm("align", dict(lr=0.0), share=0.0),  # one step at rate 0
+        }),
+    "M": Claim(
+        "M3I: all targets in one stage",
+        samples=32_000, batch=64, seeds=4, minutes=6, metrics=["linear", "knn"],
+        sources={"data": "pairs", "labels": "labels"},
+        comparisons=[("all", TERMS), ("all", ["two-stages"])],
+        arms={
+            **{name: terms(name) for name in TERMS},
+            "all": terms(*TERMS),
+            "first-stage": terms("intra", "inter", share=0.5),
+            "two-stages": terms("class", "text", share=0.5, after="first-stage"),
+        }),
+    "A": Claim(
+        "ALIGN: scale makes up for noise, 40 % of the captions being wrong",
+        samples=64_000, batch=128, seeds=4, minutes=5, sources={"data": "pairs"},
+        metrics=["zeroshot_seen", "zeroshot_unseen", "i2t_r1"],
+        comparisons=[("noisy-20000", ["clean-2500"])],
+        arms={
+            "clean-2500": Arm("align", toy=dict(scenes=2500)),
+            **{f"noisy-{n}": Arm("align", toy=dict(scenes=n, noise=0.4))
+               for n in (2500, 5000, 10_000, 20_000)},
+        }),
+    "L2": Claim(
+        "LCL: as good as contrast on pairs, within 3 points",
+        samples=64_000, batch=128, seeds=5, minutes=8, sources={"data": "pairs"},
+        metrics=["linear", "knn"], comparisons=[("lcl", ["contrast"])], margin=0.03,
+        arms={"lcl": Arm("lcl", dict(image_first=0.5)), "contrast": Arm("align")}),  # random order
+}
+
+
+# ---- runs ----
+
+def n_steps(key, name, results):
+    """Steps of an arm. Of `as_long_as` the seconds of seed 0 decide, whose runs come first."""
+    claim = CLAIMS[key]
+    arm = claim.arms[name]
+    steps = max(1, arm.share * claim.samples / claim.batch)
+    known = [results[key, other, 0] for other in arm.as_long_as if (key, other, 0) in results]
+    if len(known) == 2:
+        steps *= known[0]["seconds"] / known[1]["seconds"]
+    return round(steps)
+
+
+def config(key, name, seed, results):
+    """The Config of a run; makes its toy data."""
+    claim = CLAIMS[key]
+    arm = claim.arms[name]
+    script = importlib.import_module(arm.script)
+    training = data.make_toy_data("runs", parts=tuple(claim.sources.values()), **arm.toy)
+    held_out = data.make_toy_data("runs")
+    out = f"runs/study/{key}/{name}-{seed}"
+    settings = {**script.DEMO, **ENCODER, "lr": LEARNING_RATES[arm.script], **arm.settings}
+    for source, part in claim.sources.items():
+        settings[source] = [f"{training}/{part}"]
+    if arm.after is not None:
+        settings["init"] = f"{out}/init.safetensors"
+    settings.update(
+        val=[f"{held_out}/pairs", f"{held_out}/labels"], out=out, seed=seed, workers=0,
+        batch=claim.batch, steps=n_steps(key, name, results))
+    return replace(script.Config(), **settings)
+
+
+def run(key, name, seed, results):
+    """Train and evaluate an arm -> its line. UserError if a signal stopped it."""
+    claim = CLAIMS[key]
+    arm = claim.arms[name]
+    cfg = config(key, name, seed, results)
+    device = common.init_distributed()
+    if arm.after is not None:
+        model, _, _ = evaluation.load_model(f"runs/study/{key}/{arm.after}-{seed}/last.pt", device)
+        evaluation.export(model.vision, cfg.init)
+    metrics = importlib.import_module(arm.script).main(cfg)
+    if not metrics:
+        raise common.UserError(f"{cfg.out} is stopped: the same command goes on from there")
+    pairs, labels = [data.expand(pattern, "test") for pattern in cfg.val]
+    for task in claim.heads:  # as on eval.py's command line without --data
+        model, tokenizer, _ = evaluation.load_model(f"{cfg.out}/last.pt", device)
+        paths = labels if task in evaluation.ON_LABELS else pairs
+        args = argparse.Namespace(data=None, seed=seed)
+        rows = evaluation.HEADS[task](model, tokenizer, paths, cfg, device, args)
+        metrics.update({metric: value for metric, value, _ in rows})
+    with open(f"{cfg.out}/log.jsonl") as f:
+        log = [json.loads(row) for row in f]
+    # LCL logs how far its images have become one
+    metrics.update({metric: log[-1][metric] for metric in claim.metrics if metric in log[-1]})
+    # time of the steps alone, also of a run that was interrupted: a row of the log is ten steps
+    seconds = cfg.steps * cfg.batch * statistics.mean(1 / row["images_per_s"] for row in log)
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return {"claim": key, "arm": name, "seed": seed, "steps": cfg.steps, "seconds": seconds,
+            "command": f"python tests/study.py {key} --arm {name} --seeds {seed + 1}",
+            "metrics": metrics, "commit": git.stdout.strip()}
+
+
+def run_arms(key, seeds, repeat=None):
+    """The runs of a claim that have no line yet, seed by seed; or those of the arm `repeat`."""
+    os.makedirs(os.path.dirname(PATH), exist_ok=True)
+    for seed in seeds:
+        for name in [repeat] if repeat else CLAIMS[key].arms:
+            results = read_results()
+            if repeat or (key, name, seed) not in results:
+                line = run(key, name, seed, results)
+                with open(PATH, "a") as f:
+                    f.write(json.dumps(line) + "\n")
+
+
+# ---- report ----
+
+def read_results():
+    """{(claim, arm, seed): its last line}, without lines that were cut short."""
+    results = {}
+    if os.path.exists(PATH):
+        with open(PATH) as f:
+            for text in f:
+                with contextlib.suppress(ValueError):
+                    line = json.loads(text)
+                    results[line["claim"], line["arm"], line["seed"]] = line
+    return results
+
+
+def values_of(results, key, name, metric, seeds):
+    """{seed: value} of the finished runs of an arm."""
+    lines = {seed: results[key, name, seed] for seed in seeds if (key, name, seed) in results}
+    return {seed: line["metrics"][metric] for seed, line in lines.items()}
+
+
+def verdict(low, high, margin=None):
+    """Of the interval of a difference, by the rule at the top."""
+    if margin is not None:
+        return "equal" if -margin < low and high < margin else "not shown"
+    if low > 0:
+        return "shown"
+    return "reversed" if high < 0 else "not shown"
+
+
+def judge(results, key, arm, references, seeds):
+    """-> comparison, mean difference, ends of its interval, verdict; None before two seeds."""
+    claim = CLAIMS[key]
+    values = {}
+    for name in (arm, *references):
+        values[name] = values_of(results, key, name, claim.metrics[0], seeds)
+    complete = [seed for seed in seeds if all(seed in known for known in values.values())]
+    n = len(complete)
+    if n < 2:
+        return None
+    best = max(references, key=lambda name: sum(values[name][seed] for seed in complete))
+    differences = [values[arm][seed] - values[best][seed] for seed in complete]
+    mean = statistics.mean(differences)
+    half = T_CRITICAL[n - 2] * statistics.stdev(differences) / n**0.5
+    low = mean - half
+    high = mean + half
+    outcome = verdict(low, high, claim.margin) if n == len(seeds) >= claim.seeds else "open"
+    return f"{key}: {arm} minus {best}", mean, low, high, outcome
+
+
+def report(results, key, seeds):
+    """Print the tables of a claim -> what judge gives."""
+    claim = CLAIMS[key]
+    print(f"\n{key}. {claim.text}\n\n| arm, in % | {' | '.join(claim.metrics)} |")
+    print("|---" * (1 + len(claim.metrics)) + "|")
+    for name in claim.arms:
+        cells = [name]
+        for metric in claim.metrics:
+            values = values_of(results, key, name, metric, seeds)
+            cell = f"{100 * statistics.mean(values.values()):.1f}" if values else "-"
+            if len(values) > 1:
+                cell += f" ± {100 * statistics.stdev(values.values()):.1f}"
+            cells.append(cell)
+        missing = [str(seed) for seed in seeds if seed not in values]
+        if missing:
+            cells[0] += f" (missing: seed {', '.join(missing)})"
+        print(f"| {' | '.join(cells)} |")
+    rows = [judge(results, key, *comparison, seeds) for comparison in claim.comparisons]
+    rows = [row for row in rows if row is not None]
+    print(f"\n| {claim.metrics[0]} | points | 95 % interval | verdict |\n|---|---|---|---|")
+    for what, mean, low, high, outcome in rows:
+        print(f"| {what} | {100 * mean:+.1f} | {100 * low:+.1f} to {100 * high:+.1f} | {outcome} |")
+    return rows
+
+
+def draw(rows, path):
+    """A bar from 0 to the mean of each row of judge, and its interval as a line."""
+    least = min(0.0, *[low for _, _, low, _, _ in rows])
+    most = max(0.0, *[high for _, _, _, high, _ in rows])
+    scale = 400 / (most - least)
+    zero = 300 - least * scale
+    page = Image.new("RGB", (930, 60 + 30 * len(rows)), "white")
+    canvas = ImageDraw.Draw(page)
+    canvas.text((14, 12), "Differences in points, 95 % intervals", "black", evaluation.TITLE_FONT)
+    for i, (what, mean, low, high, outcome) in enumerate(rows):
+        y = 60 + 30 * i
+        canvas.text((290, y), what, "black", evaluation.FONT, "rm")
+        left, right = sorted((zero, zero + mean * scale))
+        canvas.rectangle((left, y - 8, right, y + 8), "silver")
+        canvas.line((zero + low * scale, y, zero + high * scale, y), "black", 2)
+        text = f"{100 * mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f}), {outcome}"
+        canvas.text((710, y), text, "black", evaluation.FONT, "lm")
+    canvas.line((zero, 44, zero, page.height - 14), "black")
+    page.save(path)
+
+
+def show(results, key, n_seeds):
+    """Print the arms of a claim and what they are expected to take."""
+    claim = CLAIMS[key]
+    print(f"\n{key}. {claim.text}: {n_seeds} seeds, {claim.samples:,} samples, "
+          f"about {claim.minutes * n_seeds * len(claim.arms)} minutes")
+    for name, arm in claim.arms.items():
+        steps = n_steps(key, name, results)
+        print(f"    {name:<16}{arm.script:<6}{steps:>4} steps  {arm.settings} {arm.toy}")
+    for arm, references in claim.comparisons:
+        print(f"    judged: {claim.metrics[0]}, {arm} minus {' or '.join(references)}")
+
+
+def main(argv=None):
+    parser = common.Parser(description=__doc__, allow_abbrev=False,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("claims", nargs="*", metavar="CLAIM", help=f"{' '.join(CLAIMS)} [all]")
+    parser.add_argument("--arm", help="run this one alone, and again")
+    parser.add_argument("--seeds", type=int, choices=range(1, 11), help="[as many as a claim says]")
+    parser.add_argument("--list", action="store_true", help="claims, arms, expected minutes")
+    parser.add_argument("--report", action="store_true", help="tables, and study.png beside them")
+    args = parser.parse_args(argv)
+    if args.list:
+        print(__doc__.split("\n\n")[-1])  # the rule
+    rows = []
+    for key in args.claims or CLAIMS:
+        if key not in CLAIMS:
+            raise common.UserError(f"{key} is no claim: choose from {' '.join(CLAIMS)}")
+        seeds = range(args.seeds or CLAIMS[key].seeds)
+        if args.list:
+            show(read_results(), key, len(seeds))
+        elif args.report:
+            rows += report(read_results(), key, seeds)
+        else:
+            run_arms(key, seeds, args.arm)
+    if rows:
+        draw(rows, PATH.replace(".jsonl", ".png"))
+
+
+if __name__ == "__main__":
+    os.chdir(ROOT)  # paths are relative to it
+    torch.set_num_threads(1)
+    common.run_command(main)
