@@ -1144,9 +1144,18 @@ def write_result(result, cfg):
 
 
 def check_held_out(cfg):
-    """For the start of a training: UserError where classes of cfg.val lack names or prompts."""
+    """For the start of a training: UserError where classes of cfg.val lack names or prompts, and a
+    warning where held-out shards are also trained on."""
+    trained_on = set()
+    for name in ("data", "docs", "labels"):
+        if getattr(cfg, name, None):
+            trained_on.update(map(os.path.realpath, data.expand(getattr(cfg, name))))
     for pattern in cfg.val if cfg.val else []:
         paths = data.expand(pattern, "test")
+        both = [path for path in paths if os.path.realpath(path) in trained_on]
+        if both:
+            print0(f"warning: {len(both)} of the held-out shards are also trained on, such as "
+                   f"{both[0]}: give --data a folder, which leaves them out, or other files")
         index = data.open_index(paths, "test")
         if kind_of(index) != "classes":
             continue

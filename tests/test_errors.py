@@ -8,6 +8,7 @@ import pytest
 
 import align
 import data
+import eval as evaluation
 from conftest import refused, tiny_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -44,6 +45,15 @@ def test_a_compressed_shard_is_said_to_be_unpacked(cfg, toy_data, tmp_path):
 def test_data_without_captions_are_told_what_a_caption_is(cfg, toy_data):
     line = refused(align.main, replace(cfg, data=[f"{toy_data}/labels/test-00000.tar"]))
     says(line, "caption", "KEY.txt")
+
+
+def test_held_out_shards_that_are_also_trained_on_are_named(cfg, toy_data, capsys):
+    shard = f"{toy_data}/pairs/test-00000.tar"
+    mixed = replace(cfg, data=[f"{toy_data}/pairs/*.tar"], val=[f"{toy_data}/pairs"])
+    evaluation.check_held_out(mixed)
+    says(capsys.readouterr().out, "1 of the held-out shards are also trained on", shard)
+    evaluation.check_held_out(replace(mixed, data=[f"{toy_data}/pairs"]))
+    assert "warning" not in capsys.readouterr().out
 
 
 def test_a_batch_larger_than_the_data_is_said(cfg):
