@@ -814,7 +814,7 @@ def test_the_tail_that_fills_no_batch_waits_for_another_epoch():
 
 
 def test_a_batch_larger_than_the_data_is_an_error_and_one_as_large_is_an_epoch():
-    with pytest.raises(UserError, match="--batch 41 .*40 samples"):
+    with pytest.raises(UserError, match="takes 41 samples .* have 40: give a smaller --batch"):
         ShuffledOrder(STARTS, 41, 0)
     assert ShuffledOrder(STARTS, 40, 0).steps_per_epoch == 1
 
