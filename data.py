@@ -2074,8 +2074,14 @@ def convert(layout, sources, images, out, per_shard=1000, split="train", annotat
         if len(sources) > 1:
             raise UserError(f"--from folder takes one folder, not {len(sources)}")
         images = sources[0]
-    if images is None or not os.path.isdir(images):
-        raise UserError(f"--images {images} is no folder: it holds the images, in any sub-folders")
+    for path in sources:
+        if not os.path.exists(path):
+            raise UserError(f"{path} does not exist: give the file or folder to convert")
+    if images is None:
+        raise UserError(f"--from {layout} needs --images FOLDER: it holds the images, in any "
+                        "sub-folders")
+    if not os.path.isdir(images):
+        raise UserError(f"{images} is no folder: it holds the images, in any sub-folders")
     if layout == "vqa" and not annotations:
         raise UserError("--from vqa needs --annotations FILE: it holds the answers")
 

@@ -345,9 +345,9 @@ def test_no_name_reaches_an_image_outside_the_folder(folder, name):
     ("captions", "[" * 100_000, "cannot be read as JSON"),
     ("instances", coco([]), "does not have the lists images, annotations, categories"),
     ("mmc4", {"text_list": 1}, "nothing of .* could be converted"),
-    ("captions", None, "gone.json cannot be read"),
-    ("mmc4", None, "gone.json cannot be read"),
-    ("ade20k", None, "nothing of .* could be converted"),
+    ("captions", None, "gone.json does not exist"),
+    ("mmc4", None, "gone.json does not exist"),
+    ("ade20k", None, "gone.json does not exist"),
 ])
 def test_a_file_of_another_layout_is_refused_in_one_line(folder, layout, value, message):
     file = folder / "x.json"
@@ -363,7 +363,7 @@ def test_a_file_of_another_layout_is_refused_in_one_line(folder, layout, value, 
 
 @pytest.mark.parametrize("layout, options, message", [
     ("vqa", {}, "--from vqa needs --annotations"),
-    ("captions", {"images": None}, "--images None is no folder"),
+    ("captions", {"images": None}, "needs --images FOLDER"),
     ("folder", {"sources": ["a", "b"]}, "takes one folder"),
 ])
 def test_a_flag_that_is_missing_or_wrong_is_refused(folder, layout, options, message):
