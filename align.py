@@ -202,7 +202,7 @@ def linear_lr(step, steps, warmup, max_lr):
     warmup = min(warmup, steps // 10)
     if step < warmup:
         return max_lr * (step + 1) / warmup
-    return max_lr * (1 - (step - warmup) / max(1, steps - warmup))
+    return max_lr * (1 - (step - warmup) / (steps - warmup))
 
 
 # ---- training ----

@@ -209,6 +209,11 @@ def read_lines_near(paths, *names):
     return lines
 
 
+def read_class_names(paths):
+    """The names of the classes: classes.txt or classnames.txt near the shards; None without one."""
+    return read_lines_near(paths, "classes.txt", "classnames.txt")
+
+
 # ---- index: where each sample lies ----
 
 # Two tables: a row for each file of the shards, and for each sample its first file and where its
@@ -371,7 +376,9 @@ class Index:
                 raise UserError(f"shard {path} cannot be read ({error.strerror})") from None
             self.stamps.append([status.st_size, status.st_mtime_ns])
         name = hashlib.sha256(json.dumps([self.paths, self.stamps]).encode()).hexdigest()[:24]
-        cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
+        cache = os.environ.get("XDG_CACHE_HOME")
+        if not cache:  # an empty one counts as none
+            cache = os.path.expanduser("~/.cache")
         self.cache = os.path.join(cache, "vlp-index", name)
         if not self._load():
             self._build()
@@ -655,6 +662,13 @@ class Sample:
         except Exception:  # as in open_image
             raise Skip("unreadable image") from None
         return upright(image, turn)
+
+    def size(self):
+        """Width and height of the upright image, which is not decoded."""
+        image = open_image(self.image_bytes())
+        if orientation(image) >= 5:  # a quarter turn
+            return image.height, image.width
+        return image.size
 
     def mask(self):
         """Class numbers of the pixels (H, W), int32, of KEY.seg.png, turned as the image is.
@@ -1034,8 +1048,8 @@ def loader(dataset, start_step, steps, workers, device):
 
     workers: processes that make them, a few ahead; 0: this one; None: as many as cores but one, at
     most 16. A batch also holds "skipped" (counts, on the CPU) and "data_wait" (seconds it was
-    waited for).
-    close() ends the workers. Raises UserError if a batch cannot be made or a worker has died.
+    waited for). close() ends the workers. Raises UserError if a batch cannot be made or a worker
+    has died.
     """
     if workers is None:
         workers = max(1, min(16, common.cpu_count() - 1))
@@ -2006,9 +2020,9 @@ def from_folder(job):
     places = sorted(place_of.values())
     folders = sorted({place.split("/")[0] for place in places})
     job.classes = [clean_name(name) for name in folders]
+    number_of = {folder: number for number, folder in enumerate(folders)}
     for i in np.random.default_rng(0).permutation(len(places)):
-        number = folders.index(places[i].split("/")[0])
-        yield places[i], {"cls": number}
+        yield places[i], {"cls": number_of[places[i].split("/")[0]]}
 
 
 def from_mmc4(job):
@@ -2395,7 +2409,7 @@ def check_shard(path):
     lines = []
     names = None
     try:
-        names = read_lines_near([path], "classes.txt", "classnames.txt")
+        names = read_class_names([path])
     except UserError as error:
         lines.append(f"{path}: {error}")
     try:

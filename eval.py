@@ -277,7 +277,7 @@ def mean_per_class(predicted, labels):
 
 
 def k_nearest(sim, k):
-    """Columns (R, k) of the k largest of each row, unsorted; of equal ones the earlier.
+    """Columns (R, k) of the k largest of each row, unsorted; of equal ones the earlier, NaN last.
 
     topk breaks ties as it likes, so only its k-th value is used.
     """
@@ -302,9 +302,9 @@ def knn(train, train_labels, test, k=20):
     n_classes = int(train_labels.max()) + 1
     predicted = []
     for rows in F.normalize(test, dim=1).split(max(1, 2**24 // len(train))):
-        sim = (rows @ train.T).nan_to_num(nan=-torch.inf)
+        sim = rows @ train.T
         nearest = k_nearest(sim, k)
-        weight = (sim.gather(1, nearest) / 0.07).exp()
+        weight = (sim.gather(1, nearest) / 0.07).exp().nan_to_num(nan=0)
         votes = sim.new_zeros(len(rows), n_classes).scatter_add(1, train_labels[nearest], weight)
         best = votes.max(1)
         predicted.append(best.indices.masked_fill(best.values == 0, -1))
@@ -702,7 +702,7 @@ BASELINES = {
 
 def class_names(paths):
     """A name for each class: the lines of classes.txt or classnames.txt beside the shards."""
-    names = data.read_lines_near(paths, "classes.txt", "classnames.txt")
+    names = data.read_class_names(paths)
     if names is None:
         raise UserError(f"no classes.txt or classnames.txt beside {paths[0]} or one folder up: "
                         "each class needs a name, one a line")
@@ -880,24 +880,32 @@ def training_shards(paths):
     return []
 
 
+def open_parts(paths, need):
+    """-> Index of the training part near the held-out shards, Index of these.
+
+    need: how the refusal begins where there is no training part.
+    """
+    train_paths = training_shards(paths)
+    if not train_paths:
+        folder = os.path.dirname(os.path.abspath(paths[0]))
+        raise UserError(f"{need}, and there are none beside {paths[0]} or one folder up: "
+                        f"put train-*.tar into {folder}")
+    return data.open_index(train_paths, "train"), data.open_index(paths, "test")
+
+
 def frozen_features(model, paths, cfg, device, fn):
     """fn of the labelled training images and of the held-out ones: what a probe needs.
 
     -> train (N, ...), train_labels (N,), test (M, ...), labels (M,). Held-out images of a class
     that no training image has are left out: a probe cannot know it.
     """
-    train_paths = training_shards(paths)
-    if not train_paths:
-        raise UserError("knn and linear also need labelled training shards, and there are none "
-                        f"beside {paths[0]} or one folder up: add train-*.tar")
-    train_index = data.open_index(train_paths, "train")
-    index = data.open_index(paths, "test")
+    train_index, index = open_parts(paths, "knn and linear also need labelled training shards")
     train, train_labels, _ = embed_labelled(model, train_index, cfg, device, fn)
     test, labels, _ = embed_labelled(model, index, cfg, device, fn)
     known = torch.isin(labels, train_labels)
     if not known.any():
-        raise UserError(f"no image of {paths[0]} ... has a class that one of {train_paths[0]} ... "
-                        "has: give a training part of the same classes")
+        raise UserError(f"no image of {paths[0]} ... has a class that one of "
+                        f"{train_index.paths[0]} ... has: give a training part of the same classes")
     return train, train_labels, test[known], labels[known]
 
 
@@ -997,21 +1005,29 @@ def reference_rows(model, tokenizer, index, captions, ids, cfg, device):
     ]
     if hasattr(model, "score"):
         first = [refs[0] for refs in references]
-        for metric, texts in (("nats_per_token", first),
-                              ("nats_per_token_other_image", first[1:] + first[:1])):
-            text_of = dict(zip(ids, texts))
-            cost = nats_per_token(model, tokenizer, index, text_of, cfg, device)
-            rows.append((metric, cost, len(ids)))
+        texts = {
+            "nats_per_token": dict(zip(ids, first)),
+            "nats_per_token_other_image": dict(zip(ids, first[1:] + first[:1])),
+        }
+        costs = nats_per_token(model, tokenizer, index, texts, cfg, device)
+        rows += [(metric, cost, len(ids)) for metric, cost in costs.items()]
     return rows
 
 
-def nats_per_token(model, tokenizer, index, text_of, cfg, device):
-    """Minus the mean over images of model.score, each with the text {sample number: text}."""
-    scores = [torch.zeros(0)]
+def nats_per_token(model, tokenizer, index, texts, cfg, device):
+    """Minus the mean over images of model.score, for each {sample number: text} of `texts`.
+
+    texts, result: {metric: ...}. Images are read once for all of them.
+    """
+    scores = {metric: [torch.zeros(0)] for metric in texts}
     for images, _, ids in iter_images(index, model.held_out_view, read_captions):
-        tokens, valid = tokenize(tokenizer, [text_of[i] for i in ids], cfg.context)
-        scores.append(in_batches(model.score, cfg, device, images, tokens, valid))
-    return -all_gather_rows(torch.cat(scores).double()).mean().item()
+        for metric, text_of in texts.items():
+            tokens, valid = tokenize(tokenizer, [text_of[i] for i in ids], cfg.context)
+            scores[metric].append(in_batches(model.score, cfg, device, images, tokens, valid))
+    costs = {}
+    for metric, parts in scores.items():
+        costs[metric] = -all_gather_rows(torch.cat(parts).double()).mean().item()
+    return costs
 
 
 PROTOCOLS = {
@@ -1096,8 +1112,8 @@ def shown(rows):
         for suffix, name in BASELINES.items():
             if metric + suffix in values:
                 baselines.append(f"{name} {format_value(metric, values[metric + suffix])}")
-        beside = f"({', '.join(baselines)})" if baselines else ""
-        texts.append((metric, format_value(metric, value), f"{n:,}", beside))
+        in_brackets = f"({', '.join(baselines)})" if baselines else ""
+        texts.append((metric, format_value(metric, value), f"{n:,}", in_brackets))
     return texts
 
 
@@ -1729,16 +1745,6 @@ def read_records(index, read):
     return values
 
 
-def open_parts(task, paths):
-    """-> Index of the training part beside the held-out shards, Index of these."""
-    train_paths = training_shards(paths)
-    if not train_paths:
-        folder = os.path.dirname(os.path.abspath(paths[0]))
-        raise UserError(f"{task} also needs training shards, and there are none beside {paths[0]}: "
-                        f"put train-*.tar into {folder}")
-    return data.open_index(train_paths, "train"), data.open_index(paths, "test")
-
-
 def layer_number(name, depth):
     """Layer of a head's parameter: 0 = embeddings, i + 1 = block i, depth + 1 = what follows."""
     if name.startswith(("vision.cls_token", "vision.pos_embed", "vision.patch_embed")):
@@ -1912,7 +1918,7 @@ def attentive(model, tokenizer, paths, cfg, device, args):
 def train_classifier(task, Head, model, paths, cfg, device, args):
     recipe = recipe_for(task, args)
     names = class_names(paths)
-    train, test = open_parts(task, paths)
+    train, test = open_parts(paths, f"{task} also needs training shards")
     labels = [label for label in read_records(test, data.Sample.label) if label is not None]
     if not labels:
         raise UserError(f"no sample of {paths[0]} ... has a class (KEY.cls): give labelled shards")
@@ -2001,7 +2007,7 @@ def count_mask_classes(train, test, paths):
     if largest == 0:
         raise UserError(f"no mask (KEY.seg.png) of {paths[0]} ... labels a pixel: segment needs "
                         "masks as large as their images")
-    names = data.read_lines_near(paths, "classes.txt", "classnames.txt")
+    names = data.read_class_names(paths)
     if names is None:
         trained = max(filter(None, read_records(train, largest_class)), default=0)
         return 1 + max(largest, trained)
@@ -2012,7 +2018,7 @@ def count_mask_classes(train, test, paths):
 def segment(model, tokenizer, paths, cfg, device, args):
     """Mean IoU of a linear head on the patch tokens."""
     recipe = recipe_for("segment", args)
-    train, test = open_parts("segment", paths)
+    train, test = open_parts(paths, "segment also needs training shards")
     classes = count_mask_classes(train, test, paths)
 
     torch.manual_seed(recipe.seed)
@@ -2200,7 +2206,7 @@ def box_example(sample, rng, size, min_area, labels, grid):
 def detect(model, tokenizer, paths, cfg, device, args):
     """Box AP of a single-scale detector on the patch tokens."""
     recipe = recipe_for("detect", args)
-    train, test = open_parts("detect", paths)
+    train, test = open_parts(paths, "detect also needs training shards")
     trained = images_with_class(train)
     held_out = images_with_class(test)
     if not trained or not held_out:
@@ -2277,7 +2283,7 @@ def predict_boxes(head, images, cfg, device):
 
 def true_boxes(sample, labels, size):
     """(M, 6): class, x, y, w, h in pixels of the whole view, crowd; an image may have no box."""
-    width, height = sample.image().size
+    width, height = sample.size()
     try:
         boxes = read_boxes(sample, width, height)
     except data.Skip:
@@ -2406,7 +2412,7 @@ def all_questions(index):
 def vqa(model, tokenizer, paths, cfg, device, args):
     """VQA accuracy: the most frequent training answers, ranked by the method's own text path."""
     recipe = recipe_for("vqa", args)
-    train, test = open_parts("vqa", paths)
+    train, test = open_parts(paths, "vqa also needs training shards")
     questions = all_questions(train)
     if not questions or not all_questions(test):
         raise UserError(f"no questions in the json of {paths[0]} ... or of the training shards "

@@ -615,7 +615,7 @@ def class_names(cfg):
     """The lines of classes.txt or classnames.txt near the labeled shards; [] without shards."""
     if not cfg.labels:
         return []
-    names = data.read_lines_near(data.expand(cfg.labels), "classes.txt", "classnames.txt")
+    names = data.read_class_names(data.expand(cfg.labels))
     if names is None:
         raise UserError(f"--labels {cfg.labels[0]}: no classes.txt beside the shards or one folder "
                         "up: write one, the name of class 0 in its first line")
@@ -763,7 +763,7 @@ def class_head_accuracy(model, cfg, device):
     names = class_names(cfg)
     for pattern in cfg.val:
         paths = data.expand(pattern, "test")
-        if data.read_lines_near(paths, "classes.txt", "classnames.txt") != names:
+        if data.read_class_names(paths) != names:
             continue
         index = data.open_index(paths, "test")
         logits, labels, _ = evaluation.embed_labelled(model, index, cfg, device, class_logits)
