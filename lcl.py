@@ -167,6 +167,7 @@ class LCL(nn.Module):
         self.context = cfg.context
         self.micro = cfg.micro
         self.grad_checkpoint = cfg.grad_checkpoint
+        self.flex_attention = False  # packed rows by FlexAttention: main says so
         self.vision = ViT(cfg.image_size, cfg.patch, cfg.dim, cfg.depth, cfg.heads,
                           grad_checkpoint=cfg.grad_checkpoint,
                           mean=(0.48145466, 0.4578275, 0.40821073),  # CLIP's, as LCL code
@@ -245,8 +246,7 @@ class LCL(nn.Module):
 
     def decode_packed(self, x, document):
         """Packed rows (R, L, D), number of each token's document (R, L) -> (R, L, D)"""
-        # a block mask skips fully masked tiles, and has no backward on the CPU
-        mask = block_mask(document) if document.is_cuda else dense_mask(document)
+        mask = block_mask(document) if self.flex_attention else dense_mask(document)
         return self.decode(x, mask)
 
     def context_embeds(self, hidden_states):
@@ -649,6 +649,8 @@ def main(cfg):
     # the towers, not model.forward, whose graph would depend on the number of chunks of --micro
     model.encode = common.compiled(model.encode, cfg.compile, device)
     model.decode = common.compiled(model.decode, cfg.compile, device)
+    # a block mask skips fully masked tiles; it has no backward on the CPU, and eager it is slow
+    model.flex_attention = device.type == "cuda" and cfg.compile is not False
     common.print_summary(cfg, device, model, sources, start_step, cfg.lr)
     log = common.Log(cfg, start_step, data.REASONS, data.UNREADABLE)
 

@@ -1,12 +1,15 @@
 """The papers' central claims as small controlled experiments on the toy data.
 
     python tests/study.py --list         # claims, arms, expected minutes
-    python tests/study.py                # everything; started again, it goes on where it stopped
+    python tests/study.py --jobs 2       # everything, two runs side by side; started again, it
+                                         # goes on where it stopped
     python tests/study.py T --seeds 1    # one claim, seed 0 alone
+    python tests/study.py --run T text 0 # one run alone, and again
     python tests/study.py --report       # tables and a picture of what has been run
 
 An arm is a script and the settings in which it differs from its demo. The script's own main()
-trains and evaluates it with one thread; a finished run is a line of tests/results/study.jsonl.
+trains and evaluates it with one thread, on a GPU if there is one, in float32 and not compiled. A
+finished run is a line of tests/results/study.jsonl.
 
 The rule, written down before the runs: arms are compared seed by seed. A difference is shown if the
 95 % interval of its mean (Student's t) lies above 0, reversed if below, else not shown; a claim of
@@ -21,7 +24,9 @@ import os
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -35,7 +40,14 @@ import eval as evaluation
 
 PATH = "tests/results/study.jsonl"
 ENCODER = dict(image_size=48, patch=8, dim=128, depth=3, heads=4)  # of every arm
-LEARNING_RATES = {"align": 3e-3, "mug": 2e-3, "lcl": 1e-3, "timix": 1e-3, "m3i": 8e-3}  # the demos'
+RATES = {  # tried by R, on seed 0, before anything else
+    "align": (1.5e-3, 3e-3, 6e-3),
+    "mug": (1e-3, 2e-3, 4e-3),
+    "lcl": (5e-4, 1e-3, 2e-3),
+    "timix": (5e-4, 1e-3, 2e-3),
+    "m3i": (4e-3, 8e-3, 1.6e-2),
+}
+CHOSEN_RATES = {"align": 3e-3, "mug": 2e-3, "lcl": 1e-3, "timix": 1e-3, "m3i": 8e-3}
 T_CRITICAL = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 1 to 9 degrees
 FEW = dict(scenes=250)
 TERMS = ["class", "text", "intra", "inter"]  # of M3I
@@ -73,7 +85,18 @@ def terms(*names, **options):
     return Arm("m3i", {f"w_{name}": float(name in names) for name in TERMS}, **options)
 
 
+ON_PAIRS = {  # what keeps a script to pairs of image and caption
+    "align": {}, "mug": {}, "lcl": {},
+    "timix": dict(boxes=False),  # boxes would be more than pairs
+    "m3i": dict(w_class=0.0),  # and so would classes
+}
 CLAIMS = {  # in the order in which they run
+    "R": Claim(
+        "the learning rate of each method: the best of three",
+        samples=64_000, batch=128, seeds=1, minutes=8, sources={"data": "pairs"},
+        metrics=["linear", "knn"], comparisons=[],
+        arms={f"{script}-{rate:g}": Arm(script, dict(ON_PAIRS[script], lr=rate))
+              for script, rates in RATES.items() for rate in rates}),
     "T": Claim(
         "TiMix: mixing by text is data efficient (250 scenes)",
         samples=25_600, batch=64, seeds=5, minutes=6, sources={"data": "pairs"},
@@ -102,9 +125,9 @@ CLAIMS = {  # in the order in which they run
             "pixels": Arm("mug", dict(cap_weight=0.0)),
             "captions": Arm("mug", dict(recon_weight=0.0)),
             "MUG": Arm("mug"),
-            "LCL": Arm("lcl"),
-            "TiMix": Arm("timix", dict(boxes=False)),  # boxes would be more than pairs
-            "M3I": Arm("m3i", dict(w_class=0.0)),  # and so would classes
+            "LCL": Arm("lcl", ON_PAIRS["lcl"]),
+            "TiMix": Arm("timix", ON_PAIRS["timix"]),
+            "M3I": Arm("m3i", ON_PAIRS["m3i"]),
             "random-weights": Arm("align", dict(lr=0.0), share=0.0),  # one step at rate 0
         }),
     "M": Claim(
@@ -157,14 +180,14 @@ def config(key, name, seed, results):
     training = data.make_toy_data("runs", parts=tuple(claim.sources.values()), **arm.toy)
     held_out = data.make_toy_data("runs")
     out = f"runs/study/{key}/{name}-{seed}"
-    settings = {**script.DEMO, **ENCODER, "lr": LEARNING_RATES[arm.script], **arm.settings}
+    settings = {**script.DEMO, **ENCODER, "lr": CHOSEN_RATES[arm.script], **arm.settings}
     for source, part in claim.sources.items():
         settings[source] = [f"{training}/{part}"]
     if arm.after is not None:
         settings["init"] = f"{out}/init.safetensors"
     settings.update(
         val=[f"{held_out}/pairs", f"{held_out}/labels"], out=out, seed=seed, workers=0,
-        batch=claim.batch, steps=n_steps(key, name, results))
+        precision="fp32", compile=False, batch=claim.batch, steps=n_steps(key, name, results))
     return replace(script.Config(), **settings)
 
 
@@ -193,22 +216,54 @@ def run(key, name, seed, results):
     metrics.update({metric: log[-1][metric] for metric in claim.metrics if metric in log[-1]})
     # time of the steps alone, also of a run that was interrupted: a row of the log is ten steps
     seconds = cfg.steps * cfg.batch * statistics.mean(1 / row["images_per_s"] for row in log)
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    commit = ""
+    with contextlib.suppress(OSError):  # no git
+        git = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    name_of_device = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return {"claim": key, "arm": name, "seed": seed, "steps": cfg.steps, "seconds": seconds,
-            "command": f"python tests/study.py {key} --arm {name} --seeds {seed + 1}",
-            "metrics": metrics, "commit": git.stdout.strip()}
+            "command": f"python tests/study.py --run {key} {name} {seed}",
+            "device": name_of_device, "metrics": metrics, "commit": commit}
 
 
-def run_arms(key, seeds, repeat=None):
-    """The runs of a claim that have no line yet, seed by seed; or those of the arm `repeat`."""
+def run_and_write(key, name, seed):
+    line = run(key, name, seed, read_results())
     os.makedirs(os.path.dirname(PATH), exist_ok=True)
-    for seed in seeds:
-        for name in [repeat] if repeat else CLAIMS[key].arms:
-            results = read_results()
-            if repeat or (key, name, seed) not in results:
-                line = run(key, name, seed, results)
-                with open(PATH, "a") as f:
-                    f.write(json.dumps(line) + "\n")
+    with open(PATH, "a") as f:
+        f.write(json.dumps(line) + "\n")
+
+
+def run_in_process(which, jobs):
+    """One run in a process of its own -> what went wrong, or None. It prints to a file."""
+    key, name, seed = which
+    environment = {**os.environ, "LOCAL_WORLD_SIZE": str(jobs)}  # runs share the cores as ranks do
+    os.makedirs(f"runs/study/{key}", exist_ok=True)
+    output = f"runs/study/{key}/{name}-{seed}.txt"
+    with open(output, "w") as f:
+        command = [sys.executable, __file__, "--run", key, name, str(seed)]
+        code = subprocess.run(command, stdout=f, stderr=f, env=environment).returncode
+    return f"{key} {name} {seed}: see {output}" if code else None
+
+
+def run_all(keys, n_seeds, jobs):
+    """The runs that have no line yet, `jobs` at a time: first those that wait for no other."""
+    waves = ([], [])
+    for key in keys:
+        for seed in range(n_seeds or CLAIMS[key].seeds):
+            for name, arm in CLAIMS[key].arms.items():
+                waits = arm.after is not None or arm.as_long_as
+                waves[bool(waits)].append((key, name, seed))
+    run_here = partial(run_in_process, jobs=jobs)
+    for wave in waves:
+        results = read_results()
+        missing = [which for which in wave if which not in results]
+        for which in missing:
+            config(*which, results)  # makes the toy data
+        with ThreadPoolExecutor(jobs) as pool:
+            runs = evaluation.progress(pool.map(run_here, missing), "runs", len(missing))
+            problems = [problem for problem in runs if problem is not None]
+        if problems:
+            raise common.UserError(f"{len(problems)} runs have failed: {'; '.join(problems)}")
 
 
 # ---- report ----
@@ -322,24 +377,32 @@ def main(argv=None):
     parser = common.Parser(description=__doc__, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("claims", nargs="*", metavar="CLAIM", help=f"{' '.join(CLAIMS)} [all]")
-    parser.add_argument("--arm", help="run this one alone, and again")
     parser.add_argument("--seeds", type=int, choices=range(1, 11), help="[as many as a claim says]")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side [1]")
+    parser.add_argument("--run", nargs=3, metavar=("CLAIM", "ARM", "SEED"), help="one run, again")
     parser.add_argument("--list", action="store_true", help="claims, arms, expected minutes")
     parser.add_argument("--report", action="store_true", help="tables, and study.png beside them")
     args = parser.parse_args(argv)
     if args.list:
         print(__doc__.split("\n\n")[-1])  # the rule
-    rows = []
-    for key in args.claims or CLAIMS:
+    if args.run:
+        key, name, seed = args.run
+        run_and_write(key, name, int(seed))
+        return
+    keys = args.claims or CLAIMS
+    for key in keys:
         if key not in CLAIMS:
             raise common.UserError(f"{key} is no claim: choose from {' '.join(CLAIMS)}")
+    if not args.list and not args.report:
+        run_all(keys, args.seeds, args.jobs)
+        return
+    rows = []
+    for key in keys:
         seeds = range(args.seeds or CLAIMS[key].seeds)
         if args.list:
             show(read_results(), key, len(seeds))
-        elif args.report:
-            rows += report(read_results(), key, seeds)
         else:
-            run_arms(key, seeds, args.arm)
+            rows += report(read_results(), key, seeds)
     if rows:
         draw(rows, PATH.replace(".jsonl", ".png"))
 

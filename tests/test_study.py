@@ -16,6 +16,8 @@ from conftest import TINY, TINY_OF, close, signal_at_step
 
 # Fields in which an arm differs from the first arm of the same script
 DIFFERENCES = {
+    "R": {f"{script}-{rate:g}": {"lr"} for script in study.RATES
+          for rate in study.RATES[script][1:]},
     "T": {"cutmix": {"mix"}, "random": {"mix"}, "text": {"mix"}, "none-equal-time": {"steps"},
           "none-20000": {"data"}, "text-20000": {"data", "mix"}},
     "L1": {"con": {"objective"}, "gen": {"objective"}, "gen+reg": {"objective"}},
@@ -29,7 +31,8 @@ DIFFERENCES = {
           "noisy-20000": {"data"}},
     "L2": {},
 }
-SHARED = [*study.ENCODER, "data", "docs", "labels", "val", "batch", "steps", "seed"]
+SHARED = [*study.ENCODER, "data", "docs", "labels", "val", "batch", "steps", "seed", "precision",
+          "compile"]
 
 
 @pytest.fixture
@@ -139,12 +142,30 @@ def test_a_stopped_study_goes_on_where_it_stopped(toy_data, results, monkeypatch
     monkeypatch.setattr(align, "DEMO", {**TINY, **TINY_OF["align"], "eval_every": 0})
     monkeypatch.setattr(data, "make_toy_data", lambda *args, **options: toy_data)
     monkeypatch.chdir(tmp_path)
+    command = ["--run", "A", "clean", "0"]
     with signal_at_step(signal.SIGTERM, 5), pytest.raises(common.UserError, match="is stopped"):
-        study.main(["A", "--seeds", "1"])
+        study.main(command)
     assert not study.read_results()  # an interrupted run is not counted
-    study.main(["A", "--seeds", "1"])
+    study.main(command)
     line = study.read_results()["A", "clean", 0]
+    assert line["command"] == "python tests/study.py " + " ".join(command)
     assert line["steps"] == 8 and line["seconds"] > 0
     assert 0 <= line["metrics"]["zeroshot_seen"] <= 1
-    monkeypatch.setattr(study, "run", None)  # nothing is left to run
-    study.main(["A", "--seeds", "1"])
+
+
+def test_only_what_has_no_line_is_run_and_what_waits_for_others_comes_last(results, monkeypatch):
+    results({"class": [0.1], "first-stage": [0.2]}, "M")
+    started = []
+
+    def run_in_process(which, jobs):
+        started.append(which)
+        if which[1] == "inter":
+            return "M inter 0: see there"
+
+    monkeypatch.setattr(study, "run_in_process", run_in_process)
+    with pytest.raises(common.UserError, match="1 runs have failed: M inter 0: see there"):
+        study.main(["M", "--seeds", "1"])
+    assert started == [("M", name, 0) for name in ("text", "intra", "inter", "all")]
+    monkeypatch.setattr(study, "run_in_process", lambda which, jobs: started.append(which))
+    study.main(["M", "--seeds", "1"])
+    assert started[-1] == ("M", "two-stages", 0)
