@@ -8,8 +8,8 @@
     python tests/study.py --report       # tables and a picture of what has been run
 
 An arm is a script and the settings in which it differs from its demo. The script's own main()
-trains and evaluates it with one thread, on a GPU if there is one, in float32 and not compiled. A
-finished run is a line of tests/results/study.jsonl.
+trains it with one thread, on a GPU if there is one, in float32 and not compiled; then the protocols
+and heads of eval.py evaluate it. A finished run is a line of tests/results/study.jsonl.
 
 The rule, written down before the runs: arms are compared seed by seed. A difference is shown if the
 95 % interval of its mean (Student's t) lies above 0, reversed if below, else not shown; a claim of
@@ -20,13 +20,14 @@ import argparse
 import contextlib
 import importlib
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import traceback
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -40,14 +41,16 @@ import eval as evaluation
 
 PATH = "tests/results/study.jsonl"
 ENCODER = dict(image_size=48, patch=8, dim=128, depth=3, heads=4)  # of every arm
-RATES = {  # tried by R, on seed 0, before anything else
+RATES = {  # tried by R and R2 on seed 0, before anything else
     "align": (1.5e-3, 3e-3, 6e-3),
     "mug": (1e-3, 2e-3, 4e-3),
-    "lcl": (5e-4, 1e-3, 2e-3),
+    "lcl": (5e-4, 1e-3, 2e-3, 4e-3),
     "timix": (5e-4, 1e-3, 2e-3),
-    "m3i": (4e-3, 8e-3, 1.6e-2),
+    "m3i": (2e-3, 4e-3, 8e-3, 1.6e-2),
 }
-CHOSEN_RATES = {"align": 3e-3, "mug": 2e-3, "lcl": 1e-3, "timix": 1e-3, "m3i": 8e-3}
+CHOSEN_RATES = {"align": 3e-3, "mug": 2e-3, "lcl": 2e-3, "timix": 1e-3, "m3i": 4e-3}
+DOCUMENT_RATE = 1e-3  # of LCL
+RATE_FOR_256_ROWS = ("mug", "m3i")  # --lr of the others is not scaled with the batch
 T_CRITICAL = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 1 to 9 degrees
 FEW = dict(scenes=250)
 TERMS = ["class", "text", "intra", "inter"]  # of M3I
@@ -74,10 +77,10 @@ class Claim:
     seeds: int
     minutes: float  # of a run, roughly: one thread, beside another run
     sources: dict  # {field of Config: part of the toy data}
+    tasks: list  # of eval.py, on held-out toy data
     metrics: list  # reported; the first one is judged
     comparisons: list  # [(arm, its references)]
     arms: dict
-    heads: tuple = ()  # tasks of eval.py beside the script's own evaluation
     margin: float = None  # of a claim of equality
 
 
@@ -85,6 +88,7 @@ def terms(*names, **options):
     return Arm("m3i", {f"w_{name}": float(name in names) for name in TERMS}, **options)
 
 
+R_BATCH = 128
 ON_PAIRS = {  # what keeps a script to pairs of image and caption
     "align": {}, "mug": {}, "lcl": {},
     "timix": dict(boxes=False),  # boxes would be more than pairs
@@ -93,14 +97,19 @@ ON_PAIRS = {  # what keeps a script to pairs of image and caption
 CLAIMS = {  # in the order in which they run
     "R": Claim(
         "the learning rate of each method: the best of three",
-        samples=64_000, batch=128, seeds=1, minutes=8, sources={"data": "pairs"},
-        metrics=["linear", "knn"], comparisons=[],
+        samples=64_000, batch=R_BATCH, seeds=1, minutes=5, sources={"data": "pairs"},
+        tasks=["linear", "knn"], metrics=["linear", "knn"], comparisons=[],
         arms={f"{script}-{rate:g}": Arm(script, dict(ON_PAIRS[script], lr=rate))
               for script, rates in RATES.items() for rate in rates}),
+    "R2": Claim(
+        "the learning rate of LCL on documents: the best of four",
+        samples=25_600, batch=64, seeds=1, minutes=6, sources={"docs": "docs"},
+        tasks=["attentive", "linear"], metrics=["attentive", "linear"], comparisons=[],
+        arms={f"lcl-{rate:g}": Arm("lcl", dict(lr=rate)) for rate in RATES["lcl"]}),
     "T": Claim(
         "TiMix: mixing by text is data efficient (250 scenes)",
-        samples=25_600, batch=64, seeds=5, minutes=6, sources={"data": "pairs"},
-        metrics=["i2t_r1", "t2i_r1"],
+        samples=25_600, batch=64, seeds=5, minutes=5, sources={"data": "pairs"},
+        tasks=["retrieval"], metrics=["i2t_r1", "t2i_r1"],
         comparisons=[("text", ["none"]), ("text", ["random"]), ("text", ["none-equal-time"])],
         arms={
             **{mix: Arm("timix", dict(mix=mix), FEW)
@@ -111,14 +120,16 @@ CLAIMS = {  # in the order in which they run
         }),
     "L1": Claim(
         "LCL: both losses together, on documents",
-        samples=25_600, batch=64, seeds=5, minutes=10, sources={"docs": "docs"},
-        metrics=["attentive", "linear", "spread", "cosine"], heads=("attentive",),
+        samples=25_600, batch=64, seeds=5, minutes=7, sources={"docs": "docs"},
+        tasks=["attentive", "linear"], metrics=["attentive", "linear", "spread", "cosine"],
         comparisons=[("lcl", ["con", "gen"])],
-        arms={name: Arm("lcl", dict(objective=name)) for name in ("lcl", "con", "gen", "gen+reg")}),
+        arms={name: Arm("lcl", dict(objective=name, lr=DOCUMENT_RATE))
+              for name in ("lcl", "con", "gen", "gen+reg")}),
     "G": Claim(
         "MUG: pixels and captions together (finetune: a tenth as many images as pairs)",
         samples=64_000, batch=128, seeds=4, minutes=11, sources={"data": "pairs"},
-        metrics=["linear", "knn", "finetune", "miou"], heads=("finetune", "segment"),
+        tasks=["linear", "knn", "finetune", "segment"],
+        metrics=["linear", "knn", "finetune", "miou"],
         comparisons=[("MUG", ["contrast", "pixels", "captions"]), ("contrast", ["pixels"])],
         arms={
             "contrast": Arm("align"),
@@ -132,8 +143,9 @@ CLAIMS = {  # in the order in which they run
         }),
     "M": Claim(
         "M3I: all targets in one stage",
-        samples=32_000, batch=64, seeds=4, minutes=6, metrics=["linear", "knn"],
+        samples=32_000, batch=64, seeds=4, minutes=5,
         sources={"data": "pairs", "labels": "labels"},
+        tasks=["linear", "knn"], metrics=["linear", "knn"],
         comparisons=[("all", TERMS), ("all", ["two-stages"])],
         arms={
             **{name: terms(name) for name in TERMS},
@@ -143,8 +155,8 @@ CLAIMS = {  # in the order in which they run
         }),
     "A": Claim(
         "ALIGN: scale makes up for noise, 40 % of the captions being wrong",
-        samples=64_000, batch=128, seeds=4, minutes=5, sources={"data": "pairs"},
-        metrics=["zeroshot_seen", "zeroshot_unseen", "i2t_r1"],
+        samples=64_000, batch=128, seeds=4, minutes=4, sources={"data": "pairs"},
+        tasks=["zeroshot", "retrieval"], metrics=["zeroshot_seen", "zeroshot_unseen", "i2t_r1"],
         comparisons=[("noisy-20000", ["clean-2500"])],
         arms={
             "clean-2500": Arm("align", toy=dict(scenes=2500)),
@@ -153,8 +165,9 @@ CLAIMS = {  # in the order in which they run
         }),
     "L2": Claim(
         "LCL: as good as contrast on pairs, within 3 points",
-        samples=64_000, batch=128, seeds=5, minutes=8, sources={"data": "pairs"},
-        metrics=["linear", "knn"], comparisons=[("lcl", ["contrast"])], margin=0.03,
+        samples=64_000, batch=128, seeds=5, minutes=5, sources={"data": "pairs"},
+        tasks=["linear", "knn"], metrics=["linear", "knn"],
+        comparisons=[("lcl", ["contrast"])], margin=0.03,
         arms={"lcl": Arm("lcl", dict(image_first=0.5)), "contrast": Arm("align")}),  # random order
 }
 
@@ -178,16 +191,18 @@ def config(key, name, seed, results):
     arm = claim.arms[name]
     script = importlib.import_module(arm.script)
     training = data.make_toy_data("runs", parts=tuple(claim.sources.values()), **arm.toy)
-    held_out = data.make_toy_data("runs")
     out = f"runs/study/{key}/{name}-{seed}"
-    settings = {**script.DEMO, **ENCODER, "lr": CHOSEN_RATES[arm.script], **arm.settings}
+    rate = CHOSEN_RATES[arm.script]
+    if arm.script in RATE_FOR_256_ROWS:
+        rate *= R_BATCH / claim.batch  # the rate of a step as in R
+    settings = {**script.DEMO, **ENCODER, "lr": rate, **arm.settings}
     for source, part in claim.sources.items():
         settings[source] = [f"{training}/{part}"]
     if arm.after is not None:
         settings["init"] = f"{out}/init.safetensors"
     settings.update(
-        val=[f"{held_out}/pairs", f"{held_out}/labels"], out=out, seed=seed, workers=0,
-        precision="fp32", compile=False, batch=claim.batch, steps=n_steps(key, name, results))
+        out=out, seed=seed, workers=0, eval_every=-1, precision="fp32", compile=False,
+        batch=claim.batch, steps=n_steps(key, name, results))
     return replace(script.Config(), **settings)
 
 
@@ -200,20 +215,16 @@ def run(key, name, seed, results):
     if arm.after is not None:
         model, _, _ = evaluation.load_model(f"runs/study/{key}/{arm.after}-{seed}/last.pt", device)
         evaluation.export(model.vision, cfg.init)
-    metrics = importlib.import_module(arm.script).main(cfg)
-    if not metrics:
+    importlib.import_module(arm.script).main(cfg)
+    checkpoint = f"{cfg.out}/last.pt"
+    if common.read_checkpoint(checkpoint)["step"] < cfg.steps:
         raise common.UserError(f"{cfg.out} is stopped: the same command goes on from there")
-    pairs, labels = [data.expand(pattern, "test") for pattern in cfg.val]
-    for task in claim.heads:  # as on eval.py's command line without --data
-        model, tokenizer, _ = evaluation.load_model(f"{cfg.out}/last.pt", device)
-        paths = labels if task in evaluation.ON_LABELS else pairs
-        args = argparse.Namespace(data=None, seed=seed)
-        rows = evaluation.HEADS[task](model, tokenizer, paths, cfg, device, args)
-        metrics.update({metric: value for metric, value, _ in rows})
     with open(f"{cfg.out}/log.jsonl") as f:
         log = [json.loads(row) for row in f]
     # LCL logs how far its images have become one
-    metrics.update({metric: log[-1][metric] for metric in claim.metrics if metric in log[-1]})
+    metrics = {metric: log[-1][metric] for metric in claim.metrics if metric in log[-1]}
+    for task in claim.tasks:
+        metrics.update(evaluate(task, checkpoint, seed, device))
     # time of the steps alone, also of a run that was interrupted: a row of the log is ten steps
     seconds = cfg.steps * cfg.batch * statistics.mean(1 / row["images_per_s"] for row in log)
     commit = ""
@@ -226,42 +237,68 @@ def run(key, name, seed, results):
             "device": name_of_device, "metrics": metrics, "commit": commit}
 
 
-def run_and_write(key, name, seed):
+def evaluate(task, checkpoint, seed, device):
+    """{metric: value} as on eval.py's command line without --data."""
+    model, tokenizer, cfg = evaluation.load_model(checkpoint, device)
+    part = "labels" if task in evaluation.ON_LABELS else "pairs"
+    paths = data.expand(f"{data.make_toy_data('runs')}/{part}", "test")
+    if task in evaluation.HEADS:
+        args = argparse.Namespace(data=None, seed=seed)
+        rows = evaluation.HEADS[task](model, tokenizer, paths, cfg, device, args)
+    else:
+        rows = evaluation.PROTOCOLS[task](model, tokenizer, paths, cfg, device)
+    return {metric: value for metric, value, _ in rows}
+
+
+def run_and_write(which):
+    key, name, seed = which
     line = run(key, name, seed, read_results())
     os.makedirs(os.path.dirname(PATH), exist_ok=True)
     with open(PATH, "a") as f:
         f.write(json.dumps(line) + "\n")
 
 
-def run_in_process(which, jobs):
-    """One run in a process of its own -> what went wrong, or None. It prints to a file."""
+def run_to_file(which):
+    """In a process that does one run after another: what went wrong, or None."""
     key, name, seed = which
-    environment = {**os.environ, "LOCAL_WORLD_SIZE": str(jobs)}  # runs share the cores as ranks do
     os.makedirs(f"runs/study/{key}", exist_ok=True)
     output = f"runs/study/{key}/{name}-{seed}.txt"
-    with open(output, "w") as f:
-        command = [sys.executable, __file__, "--run", key, name, str(seed)]
-        code = subprocess.run(command, stdout=f, stderr=f, env=environment).returncode
-    return f"{key} {name} {seed}: see {output}" if code else None
+    with open(output, "w") as f, contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
+        try:
+            run_and_write(which)
+        except Exception:
+            traceback.print_exc()
+            return f"{key} {name} {seed}: see {output}"
+    return None
+
+
+def start_process(jobs):
+    torch.set_num_threads(1)
+    os.environ["LOCAL_WORLD_SIZE"] = str(jobs)  # runs side by side share the cores as ranks do
+
+
+def run_side_by_side(missing, jobs):
+    """-> what went wrong, a line for each run."""
+    spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    with ProcessPoolExecutor(jobs, spawn, start_process, [jobs]) as pool:
+        results = evaluation.progress(pool.map(run_to_file, missing), "runs", len(missing))
+        return [problem for problem in results if problem is not None]
 
 
 def run_all(keys, n_seeds, jobs):
-    """The runs that have no line yet, `jobs` at a time: first those that wait for no other."""
+    """The runs that have no line yet: first those that wait for no other."""
     waves = ([], [])
     for key in keys:
         for seed in range(n_seeds or CLAIMS[key].seeds):
             for name, arm in CLAIMS[key].arms.items():
                 waits = arm.after is not None or arm.as_long_as
                 waves[bool(waits)].append((key, name, seed))
-    run_here = partial(run_in_process, jobs=jobs)
     for wave in waves:
         results = read_results()
         missing = [which for which in wave if which not in results]
         for which in missing:
             config(*which, results)  # makes the toy data
-        with ThreadPoolExecutor(jobs) as pool:
-            runs = evaluation.progress(pool.map(run_here, missing), "runs", len(missing))
-            problems = [problem for problem in runs if problem is not None]
+        problems = run_side_by_side(missing, jobs)
         if problems:
             raise common.UserError(f"{len(problems)} runs have failed: {'; '.join(problems)}")
 
@@ -387,7 +424,7 @@ def main(argv=None):
         print(__doc__.split("\n\n")[-1])  # the rule
     if args.run:
         key, name, seed = args.run
-        run_and_write(key, name, int(seed))
+        run_and_write((key, name, int(seed)))
         return
     keys = args.claims or CLAIMS
     for key in keys:

@@ -18,6 +18,7 @@ from conftest import TINY, TINY_OF, close, signal_at_step
 DIFFERENCES = {
     "R": {f"{script}-{rate:g}": {"lr"} for script in study.RATES
           for rate in study.RATES[script][1:]},
+    "R2": {f"lcl-{rate:g}": {"lr"} for rate in study.RATES["lcl"][1:]},
     "T": {"cutmix": {"mix"}, "random": {"mix"}, "text": {"mix"}, "none-equal-time": {"steps"},
           "none-20000": {"data"}, "text-20000": {"data", "mix"}},
     "L1": {"con": {"objective"}, "gen": {"objective"}, "gen+reg": {"objective"}},
@@ -32,7 +33,7 @@ DIFFERENCES = {
     "L2": {},
 }
 SHARED = [*study.ENCODER, "data", "docs", "labels", "val", "batch", "steps", "seed", "precision",
-          "compile"]
+          "compile", "eval_every"]
 
 
 @pytest.fixture
@@ -155,17 +156,15 @@ def test_a_stopped_study_goes_on_where_it_stopped(toy_data, results, monkeypatch
 
 def test_only_what_has_no_line_is_run_and_what_waits_for_others_comes_last(results, monkeypatch):
     results({"class": [0.1], "first-stage": [0.2]}, "M")
-    started = []
+    waves = []
 
-    def run_in_process(which, jobs):
-        started.append(which)
-        if which[1] == "inter":
-            return "M inter 0: see there"
+    def run_side_by_side(missing, jobs):
+        waves.append(missing)
+        return ["M inter 0: see there"] if len(waves) == 1 else []
 
-    monkeypatch.setattr(study, "run_in_process", run_in_process)
+    monkeypatch.setattr(study, "run_side_by_side", run_side_by_side)
     with pytest.raises(common.UserError, match="1 runs have failed: M inter 0: see there"):
         study.main(["M", "--seeds", "1"])
-    assert started == [("M", name, 0) for name in ("text", "intra", "inter", "all")]
-    monkeypatch.setattr(study, "run_in_process", lambda which, jobs: started.append(which))
+    assert waves == [[("M", name, 0) for name in ("text", "intra", "inter", "all")]]
     study.main(["M", "--seeds", "1"])
-    assert started[-1] == ("M", "two-stages", 0)
+    assert waves[2] == [("M", "two-stages", 0)]
