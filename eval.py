@@ -121,7 +121,10 @@ def in_batches(fn, cfg, device, *rows, size=256):
     parts = []
     with common.autocast(cfg.precision, device):
         for batch in zip(*(x.split(size) for x in rows)):
-            out = fn(*(x.to(device) for x in batch))
+            n = len(batch[0])
+            if n == 0:  # attention on CUDA fails without rows, in bfloat16
+                batch = [x.new_zeros(1, *x.shape[1:]) for x in batch]
+            out = fn(*(x.to(device) for x in batch))[:n]
             parts.append(common.at_least_float32(out).cpu())
     return torch.cat(parts)
 
@@ -1570,7 +1573,7 @@ def init_encoder(vision, path):
     print0(f"encoder from {path}: width {patches.shape[2]}, {len(vision.blocks)} blocks, "
            f"{heads} heads")
     for name in ("mean", "std"):
-        here = getattr(vision, name).flatten()
+        here = getattr(vision, name).flatten().cpu()
         if name in meta and (torch.tensor(json.loads(meta[name])) - here).abs().max() > 1e-3:
             print0(f"warning: {path} normalized its images by {name} {meta[name]}, "
                    f"here it is {here.tolist()}")

@@ -48,7 +48,7 @@ RATES = {  # tried by R and R2 on seed 0, before anything else
     "timix": (5e-4, 1e-3, 2e-3),
     "m3i": (2e-3, 4e-3, 8e-3, 1.6e-2),
 }
-CHOSEN_RATES = {"align": 3e-3, "mug": 2e-3, "lcl": 2e-3, "timix": 1e-3, "m3i": 4e-3}
+CHOSEN_RATES = {"align": 3e-3, "mug": 2e-3, "lcl": 2e-3, "timix": 1e-3, "m3i": 2e-3}
 DOCUMENT_RATE = 1e-3  # of LCL
 RATE_FOR_256_ROWS = ("mug", "m3i")  # --lr of the others is not scaled with the batch
 T_CRITICAL = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 1 to 9 degrees
@@ -371,6 +371,8 @@ def report(results, key, seeds):
         print(f"| {' | '.join(cells)} |")
     rows = [judge(results, key, *comparison, seeds) for comparison in claim.comparisons]
     rows = [row for row in rows if row is not None]
+    if not rows:
+        return []
     print(f"\n| {claim.metrics[0]} | points | 95 % interval | verdict |\n|---|---|---|---|")
     for what, mean, low, high, outcome in rows:
         print(f"| {what} | {100 * mean:+.1f} | {100 * low:+.1f} to {100 * high:+.1f} | {outcome} |")
