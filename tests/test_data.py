@@ -3,6 +3,7 @@ import collections
 import gzip
 import io
 import json
+import math
 import os
 import pickle
 import signal
@@ -85,8 +86,7 @@ def samples_of(index):
 # ---- which files ----
 
 @pytest.mark.parametrize("pattern, names", [
-    ("{8..11}", "8 9 10 11"), ("{08..11}", "08 09 10 11"), ("{a,b}-{0..1}", "a-0 a-1 b-0 b-1"),
-    ("{x}", "{x}"), ("{3..1}", "3 2 1"),
+    ("{08..11}", "08 09 10 11"), ("{a,b}-{3..1}", "a-3 a-2 a-1 b-3 b-2 b-1"), ("{x}", "{x}"),
 ])
 def test_braces_expand_as_in_a_shell(pattern, names):
     assert data.expand_braces(pattern) == names.split()
@@ -104,8 +104,7 @@ def test_sources_braces_and_globs_are_joined_in_order_and_each_file_is_named_onc
 
 
 @pytest.mark.parametrize("train, test", [
-    ("train-0.tar", "test-0.tar"), ("cc3m-train-0000.tar", "cc3m-validation-00.tar"),
-    ("train2017/0.tar", "val2017/0.tar"), ("imagenetTrain-0.tar", "imagenetVal-0.tar"),
+    ("cc3m-train-0000.tar", "cc3m-validation-00.tar"), ("train2017/0.tar", "imagenetVal-0.tar"),
 ])
 def test_words_in_the_names_tell_the_parts_of_a_folder_apart(tmp_path, train, test):
     for name in (train, test):
@@ -123,25 +122,13 @@ def test_a_folder_without_such_words_is_in_both_parts(tmp_path):
 @pytest.mark.parametrize("names, line", [
     (["train-0.tar", "extra-0.tar"], "extra-0.tar: neither train, val nor test"),
     (["train-val-0.tar", "train-0.tar"], "named both training and held-out"),
+    (["train-0.tar"], "no such test shards"),
 ])
-def test_names_that_leave_the_part_open_are_refused(tmp_path, names, line):
+def test_a_folder_whose_names_leave_the_held_out_part_open_is_refused(tmp_path, names, line):
     for name in names:
         write_tar(tmp_path / name, [])
     with pytest.raises(UserError, match=line):
-        data.expand(str(tmp_path))
-
-
-def test_training_shards_are_never_given_out_as_held_out_ones(tmp_path):
-    write_tar(tmp_path / "train-0.tar", [])
-    with pytest.raises(UserError, match="no such test shards"):
         data.expand(str(tmp_path), "test")
-
-
-def test_a_pattern_without_a_match_is_an_error_that_shows_what_it_became(tmp_path):
-    for name in ("00", "02"):
-        write_tar(tmp_path / f"{name}.tar", [])
-    with pytest.raises(UserError, match="/01.tar"):
-        data.expand(f"{tmp_path}/{{00..02}}.tar")
 
 
 # ---- text files ----
@@ -149,18 +136,14 @@ def test_a_pattern_without_a_match_is_an_error_that_shows_what_it_became(tmp_pat
 LINES = ["red circle", "crème\u2028brûlée", "a\x0bb\x0cc\x85d", "猫"]
 
 
-@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
-@pytest.mark.parametrize("end", ["\n", "\r\n"])
-@pytest.mark.parametrize("tail", ["", "\n", "\n\n"])
-def test_lines_end_at_newlines_alone_and_a_byte_order_mark_is_dropped(tmp_path, mark, end, tail):
-    raw = mark + end.join(LINES).encode() + tail.replace("\n", end).encode()
-    (tmp_path / "classes.txt").write_bytes(raw)
+@pytest.mark.parametrize("mark, end", [(b"", "\n"), (b"\xef\xbb\xbf", "\r\n")])
+def test_lines_end_at_newlines_alone_and_a_byte_order_mark_is_dropped(tmp_path, mark, end):
+    text = end.join([*LINES, "", ""])  # empty lines at the end are no lines
+    (tmp_path / "classes.txt").write_bytes(mark + text.encode())
     assert data.read_lines_near([f"{tmp_path}/0.tar"], "classes.txt") == LINES
 
 
-@pytest.mark.parametrize("text, encoding", [
-    ("crème", "cp1252"), ("crème", "utf-16"), ("cream", "utf-16-le"),
-])
+@pytest.mark.parametrize("text, encoding", [("crème", "cp1252"), ("cream", "utf-16-le")])
 def test_text_that_is_not_utf8_is_refused_in_files_and_counted_in_samples(tmp_path, text, encoding):
     raw = text.encode(encoding)
     (tmp_path / "classes.txt").write_bytes(raw)
@@ -178,26 +161,17 @@ def test_an_empty_line_of_a_class_list_is_refused_with_its_number(tmp_path):
         data.read_lines_near([f"{tmp_path}/0.tar"], "classes.txt")
 
 
-def test_class_names_stand_beside_the_shards_or_one_folder_up(tmp_path):
-    (tmp_path / "test").mkdir()
-    shard = f"{tmp_path}/test/0.tar"
-    names = ("classes.txt", "classnames.txt")
-    assert data.read_lines_near([shard], *names) is None
-    (tmp_path / "classnames.txt").write_text("up\n")
-    assert data.read_lines_near([shard], *names) == ["up"]
-    (tmp_path / "test" / "classes.txt").write_text(" great white shark \n")
-    assert data.read_lines_near([shard], *names) == ["great white shark"]
-
-
-def test_shards_of_folders_with_different_class_lists_are_refused(tmp_path):
+def test_class_names_stand_beside_the_shards_or_one_folder_up_and_must_agree(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / "classes.txt").write_text("one\n")
     shards = [f"{tmp_path}/a/0.tar", f"{tmp_path}/b/0.tar"]
-    assert data.read_lines_near(shards, "classes.txt") == ["one"]
-    (tmp_path / "b" / "classes.txt").write_text("two\n")
-    with pytest.raises(UserError, match="a/classes.txt and .*b/classes.txt differ"):
-        data.read_lines_near(shards, "classes.txt")
+    assert data.read_class_names(shards) is None
+    (tmp_path / "classnames.txt").write_text("up\n")
+    assert data.read_class_names(shards) == ["up"]
+    (tmp_path / "b" / "classes.txt").write_text(" great white shark \n")
+    assert data.read_class_names(shards[1:]) == ["great white shark"]
+    with pytest.raises(UserError, match="/classnames.txt and .*b/classes.txt differ"):
+        data.read_class_names(shards)
 
 
 # ---- index ----
@@ -208,13 +182,15 @@ for k in range(3):
     TOY += [(f"{k}.jpg", 3000 * letter), (f"{k}.json", 2 * letter), (f"{k}.txt", 2 * letter)]
 
 
-def test_neighbors_with_one_key_are_a_sample_whose_suffixes_are_lower_case(tmp_path):
-    members = [("Zebra.JPG", b"1"), ("Zebra.Seg.PNG", b"2"), ("ant.Txt", b"3"), ("Ant.txt", b"4")]
-    index = Index([write_tar(tmp_path / "0.tar", members)])
+def test_neighbors_with_one_key_are_a_sample_until_a_suffix_is_repeated(tmp_path):
+    path = write_tar(tmp_path / "0.tar", [("Zebra.JPG", b"1"), ("Zebra.Seg.PNG", b"2"),
+                                          ("ant.Txt", b"3"), ("Ant.txt", b"4"), ("Ant.TXT", b"5")])
+    index = Index([path])
     assert samples_of(index) == [("Zebra", {"jpg": b"1", "seg.png": b"2"}), ("ant", {"txt": b"3"}),
-                                 ("Ant", {"txt": b"4"})]
+                                 ("Ant", {"txt": b"4"}), ("Ant", {"txt": b"5"})]
+    assert index.notes == {path: {data.REPEATED: 1}}
     with pytest.raises(IndexError):
-        index[3]
+        index[4]
 
 
 def test_members_that_belong_to_no_sample_are_left_out_and_odd_ones_are_counted(tmp_path):
@@ -229,16 +205,7 @@ def test_members_that_belong_to_no_sample_are_left_out_and_odd_ones_are_counted(
     assert index.warnings() == [f"{path}: links left out (1), hidden files left out (4)"]
 
 
-def test_a_repeated_suffix_begins_a_new_sample_and_is_counted(tmp_path):
-    path = write_tar(tmp_path / "0.tar", [("0.jpg", b"a"), ("0.txt", b"b"), ("0.JPG", b"c"),
-                                          ("0.txt", b"d"), ("1.jpg", b"e")])
-    index = Index([path])
-    assert [members for _, members in samples_of(index)] == [
-        {"jpg": b"a", "txt": b"b"}, {"jpg": b"c", "txt": b"d"}, {"jpg": b"e"}]
-    assert index.notes == {path: {data.REPEATED: 1}}
-
-
-@pytest.mark.parametrize("suffixes", [["jpg", "txt"], ["jpg"], ["json", "jpg"]])
+@pytest.mark.parametrize("suffixes", [["jpg", "txt"], ["jpg"]])
 def test_samples_lost_to_dots_in_their_names_are_counted(tmp_path, suffixes):
     names = [f"frame_2024.05.01_{i:04d}.{suffix}" for i in range(20) for suffix in suffixes]
     path = write_tar(tmp_path / "0.tar", [(name, b"x") for name in names])
@@ -246,13 +213,6 @@ def test_samples_lost_to_dots_in_their_names_are_counted(tmp_path, suffixes):
     assert len(index) == 1
     assert index.warnings() == [f"{path}: samples lost, as keys end at the first dot of a file "
                                 "name: rename the files (19)"]
-
-
-@pytest.mark.parametrize("suffixes", [
-    ["png", "seg.png", "json"], ["0.jpg", "1.jpg", "json"], ["png", "seg.png", "depth.png"],
-])
-def test_names_in_our_own_formats_lose_nothing_to_dots(suffixes):
-    assert data.lost_to_dots(set(suffixes)) == 0
 
 
 def test_every_cut_is_counted_or_harmless_and_what_lies_before_it_is_used(tmp_path):
@@ -284,40 +244,30 @@ def test_a_damaged_header_does_not_pass_for_the_end(tmp_path, start, n_bytes):
     assert index.notes == {path: {data.CUT: 1}} and index[0].members["jpg"] == 3000 * b"A"
 
 
-def test_joined_archives_are_noticed(tmp_path):
-    raw = open(write_tar(tmp_path / "0.tar", TOY), "rb").read()
-    (tmp_path / "1.tar").write_bytes(raw + raw)
-    index = Index([str(tmp_path / "1.tar")])
-    assert len(index) == 3 and index.notes == {str(tmp_path / "1.tar"): {data.JOINED: 1}}
-
-
 def test_bad_archives_are_named_and_the_others_are_used(tmp_path):
+    good = write_tar(tmp_path / "1.tar", TOY)
+    raw = open(good, "rb").read()
     page = tmp_path / "0.tar"
     page.write_text("<html>404 Not Found</html>\n" * 100)
-    good = write_tar(tmp_path / "1.tar", TOY)
     compressed = tmp_path / "2.tar"
-    compressed.write_bytes(gzip.compress(open(good, "rb").read()))
+    compressed.write_bytes(gzip.compress(raw))
     empty = write_tar(tmp_path / "3.tar", [])
-    index = Index([str(page), good, str(compressed), empty])
-    assert index.starts.tolist() == [0, 0, 3, 3, 3] and index[2].members["txt"] == b"CC"
-    assert [line.partition(": ")[::2] for line in index.warnings()] == [
-        (str(page), "not a tar (1)"),
-        (str(compressed), f"{data.COMPRESSED} (1)")]
+    joined = tmp_path / "4.tar"
+    joined.write_bytes(raw + raw)
+    index = Index([str(page), good, str(compressed), empty, str(joined)])
+    assert index.starts.tolist() == [0, 0, 3, 3, 3, 6] and index[2].members["txt"] == b"CC"
+    assert index.notes == {str(page): {data.NOT_TAR: 1}, str(compressed): {data.COMPRESSED: 1},
+                           str(joined): {data.JOINED: 1}}
     with pytest.raises(UserError, match="no sample in 1 shard.*2.tar: compressed.*gzip -d"):
         Index([str(compressed)])
     with pytest.raises(UserError, match="no sample"):
         Index([empty])
-
-
-def test_a_shard_that_cannot_be_opened_is_named(tmp_path):
-    good = write_tar(tmp_path / "0.tar", TOY)
-    with pytest.raises(UserError, match="1.tar cannot be read .No such file"):
-        Index([good, str(tmp_path / "1.tar")])
+    with pytest.raises(UserError, match="5.tar cannot be read .No such file"):
+        Index([good, str(tmp_path / "5.tar")])
 
 
 @pytest.mark.parametrize("format, key", [
-    (tarfile.USTAR_FORMAT, "p" * 90 + "/" + "k" * 60), (tarfile.USTAR_FORMAT, "päivä/猫🐱"),
-    (tarfile.GNU_FORMAT, "k" * 130), (tarfile.PAX_FORMAT, "k" * 130),
+    (tarfile.PAX_FORMAT, "päivä/猫🐱" + "k" * 130),
     (tarfile.GNU_FORMAT, "k" * 93),  # .jpg fits into a header, .seg.png does not
 ])
 def test_long_and_foreign_names_are_read_in_all_dialects(tmp_path, format, key):
@@ -330,22 +280,21 @@ def test_long_and_foreign_names_are_read_in_all_dialects(tmp_path, format, key):
 
 
 def test_the_cache_is_used_until_a_shard_changes(tmp_path, monkeypatch):
-    scans = []
-    scan = data.scan
+    class Scanned(Exception):
+        pass
 
-    def counted_scan(path):
-        scans.append(path)
-        return scan(path)
+    def scan(path):
+        raise Scanned
 
-    monkeypatch.setattr(data, "scan", counted_scan)
     paths = [write_tar(tmp_path / "0.tar", TOY), write_tar(tmp_path / "1.tar", TOY[:3])]
-    first = Index(paths)
-    second = Index(paths)
-    assert len(scans) == 2 and samples_of(first) == samples_of(second)
+    whole = samples_of(Index(paths))
+    monkeypatch.setattr(data, "scan", scan)
+    assert samples_of(Index(paths)) == whole
+    with pytest.raises(Scanned):
+        Index(paths[::-1])  # another order is another index
     os.utime(paths[0], ns=(10**18, 10**18))
-    Index(paths)
-    Index(paths[::-1])  # another order is another index
-    assert len(scans) == 6
+    with pytest.raises(Scanned):
+        Index(paths)
 
 
 @pytest.mark.parametrize("table", ["members", "samples", "keys", "json"])
@@ -355,26 +304,22 @@ def test_a_cache_that_was_cut_short_is_made_anew(tmp_path, table):
     whole = samples_of(index)
     file = f"{index.cache}.{table}"
     raw = open(file, "rb").read()
-    for n_bytes in (0, 1, 16, 32, 40):
-        os.truncate(file, min(n_bytes, len(raw) - 1))
+    for n_bytes in (0, 1, len(raw) - 1):
+        os.truncate(file, n_bytes)
         assert samples_of(Index([path])) == whole
         assert open(file, "rb").read() == raw
     os.remove(file)
     assert samples_of(Index([path])) == whole
 
 
-def test_many_shards_are_scanned_by_other_processes_with_the_same_result(tmp_path, monkeypatch):
+def test_many_shards_are_scanned_by_other_processes_with_the_same_result(tmp_path):
     paths = []
+    want = []
     for k in range(50):
-        members = [(f"{i}.{suffix}", b"x") for i in range(k % 4) for suffix in ("jpg", f"{k}.png")]
+        members = [(f"{k}_{i}.{k}.png", b"%d" % i) for i in range(k % 4)]
         paths.append(write_tar(tmp_path / f"{k}.tar", members))
-    index = Index(paths)
-    here = map(data.scan, paths)
-    assert index.starts.tolist() == np.cumsum([0] + [len(s.samples) for s in here]).tolist()
-    for i in range(len(index)):
-        shard = int(np.searchsorted(index.starts, i, side="right")) - 1
-        assert index[i].members.keys() == {"jpg", f"{shard}.png"}
-        assert index[i].key == str(i - index.starts[shard])
+        want += [(f"{k}_{i}", {f"{k}.png": b"%d" % i}) for i in range(k % 4)]
+    assert samples_of(Index(paths)) == want
 
 
 def test_an_index_travels_to_another_process_as_its_paths(tmp_path):
@@ -418,17 +363,16 @@ def test_missing_parts_have_their_own_reasons():
 
 
 @pytest.mark.parametrize("raw, caption", [
-    (b"  a\tred \n bicycle ", "a red bicycle"), ("a\u2028red\u3000circle".encode(), "a red circle"),
-    (b"\xef\xbb\xbfa red circle\r\n\r\n", "a red circle"), (10**6 * b"x", 10_000 * "x"),
+    ("\ufeffa\u2028red\u3000 circle\r\n\r\n".encode(), "a red circle"),
+    (10**6 * b"x", 10_000 * "x"),
 ])
 def test_white_space_of_a_caption_collapses_and_a_megabyte_is_cut(raw, caption):
     assert Sample("k", {"txt": raw}).captions() == [caption]
 
 
 @pytest.mark.parametrize("record, captions", [
-    ({"caption": "one"}, ["one"]), ({"captions": ["one", "two"]}, ["one", "two"]),
-    ({"caption": [None, "", "one", 3]}, ["one"]), ({"caption": None, "captions": "one"}, ["one"]),
-    ({"caption": "fine", "similarity": float("nan")}, ["fine"]),
+    ({"captions": ["one", "two"]}, ["one", "two"]), ({"caption": [None, "", "one", 3]}, ["one"]),
+    ({"caption": None, "captions": "one", "similarity": math.nan}, ["one"]),
 ])
 def test_captions_of_a_record_are_a_string_or_a_list(record, captions):
     raw = json.dumps(record).encode()
@@ -439,26 +383,10 @@ def test_captions_of_a_record_are_a_string_or_a_list(record, captions):
         "the text goes first"]
 
 
-@pytest.mark.parametrize("members, why", [
-    ({"txt": b" \n\t"}, "empty caption"),
-    ({"json": b'{"caption": ["", " "]}'}, "empty caption"), ({"json": b"{}"}, "no caption"),
-    ({"json": b'{"caption": NaN}'}, "no caption"), ({"json": b'["caption"]'}, "unreadable json"),
-    ({"json": 10_000 * b"[" + 10_000 * b"]"}, "unreadable json"),
-])
-def test_a_caption_that_cannot_be_used_has_its_reason(members, why):
-    assert reason(Sample("k", members).captions) == why
-
-
-@pytest.mark.parametrize("raw, label", [
-    (b" 7\n", 7), (b"\xef\xbb\xbf3", 3), (b"cat", None), (b"-1", None), (9000 * b"9", None),
-])
-def test_a_class_is_a_number_or_unreadable(raw, label):
-    sample = Sample("k", {"cls": raw})
-    assert sample.has_label()
-    if label is None:
-        assert reason(sample.label) == "unreadable class"
-    else:
-        assert sample.label() == label
+def test_a_class_is_a_number_or_unreadable():
+    assert Sample("k", {"cls": b"\xef\xbb\xbf 7\n"}).label() == 7
+    for raw in (b"cat", b"-1", 9000 * b"9"):
+        assert reason(Sample("k", {"cls": raw}).label) == "unreadable class"
 
 
 def test_every_caption_of_a_list_gets_its_turn():
@@ -492,58 +420,33 @@ def turn(pixels, orientation):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
-def test_images_and_masks_are_turned_upright_by_exif(orientation, kind):
+def test_images_and_masks_are_turned_upright_by_exif(orientation):
     pixels = noise(6, 4)
-    options = {"lossless": True} if kind == "WEBP" else {}
     sample = Sample("k", {
-        "png": encoded(Image.fromarray(pixels), kind, exif=turned(orientation), **options),
+        "png": encoded(Image.fromarray(pixels), exif=turned(orientation)),
         "seg.png": encoded(Image.fromarray(pixels[..., 0] % 200))})
     assert np.array_equal(np.asarray(sample.image()), turn(pixels, orientation))
     assert np.array_equal(sample.mask(), turn(pixels[..., 0] % 200, orientation))
-
-
-def test_a_camera_held_upright_by_hand():
-    stored = Image.new("RGB", (400, 200), (255, 0, 0))
-    stored.paste((0, 0, 255), (200, 0, 400, 200))  # stored: red left, blue right
-    raw = encoded(stored, "JPEG", exif=turned(6))  # to be turned clockwise: red above, blue below
-    image = Sample("k", {"jpg": raw}).image(min_size=64)  # also when decoded small
-    pixels = np.asarray(image).astype(int)
-    assert image.height == 2 * image.width
-    assert np.abs(pixels[image.height // 4, image.width // 2] - (255, 0, 0)).max() < 12
-    assert np.abs(pixels[3 * image.height // 4, image.width // 2] - (0, 0, 255)).max() < 12
-
-
-def png_chunks(raw):
-    """Yield name, first byte and end of each chunk's data."""
-    start = 8
-    while start < len(raw):
-        length = int.from_bytes(raw[start:start + 4], "big")
-        yield raw[start + 4:start + 8], start + 8, start + 8 + length
-        start += 12 + length
+    assert sample.size() == sample.image().size
 
 
 @pytest.mark.parametrize("is_checked", [True, False])
-def test_a_png_whose_metadata_is_damaged_keeps_its_pixels(is_checked):
+@pytest.mark.parametrize("name", [b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"pHYs"])
+def test_a_png_whose_metadata_is_damaged_keeps_its_pixels(name, is_checked):
     info = PngImagePlugin.PngInfo()
     info.add_text("a", "b" * 20)
     info.add_text("z", "q" * 50, zip=True)
     info.add_itxt("i", "x" * 20)
     pixels = noise(6, 4)
-    whole = encoded(Image.fromarray(pixels), pnginfo=info, exif=turned(1), dpi=(72, 72))
-    rng = np.random.default_rng(0)
-    names = set()
-    for name, start, end in png_chunks(whole):
-        if name[:1].isupper():  # IHDR, IDAT, IEND
-            continue
-        names.add(name)
-        raw = bytearray(whole)
-        raw[start:end] = rng.bytes(end - start)
-        if is_checked:  # the checksum is right, the content is not
-            raw[end:end + 4] = zlib.crc32(raw[start - 4:end]).to_bytes(4, "big")
-        image = Sample("k", {"png": bytes(raw)}).image()
-        assert np.array_equal(np.asarray(image), pixels)
-    assert names == {b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"pHYs"}
+    raw = encoded(Image.fromarray(pixels), pnginfo=info, exif=turned(1), dpi=(72, 72))
+    start = raw.index(name) + 4
+    end = start + int.from_bytes(raw[start - 8:start - 4], "big")
+    damaged = raw[start - 4:start] + np.random.default_rng(0).bytes(end - start)
+    checksum = raw[end:end + 4]
+    if is_checked:  # the checksum is right, the content is not
+        checksum = zlib.crc32(damaged).to_bytes(4, "big")
+    image = Sample("k", {"png": raw[:start - 4] + damaged + checksum + raw[end + 4:]}).image()
+    assert np.array_equal(np.asarray(image), pixels)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
@@ -565,27 +468,23 @@ def png_of_size(width, height):
 
 
 # Pillow itself raises at the second
-@pytest.mark.parametrize("width, height", [(10_000, 10_000), (60_000, 60_000), (25_000_001, 1)])
+@pytest.mark.parametrize("width, height", [(25_000_001, 1), (60_000, 60_000)])
 def test_a_bomb_is_refused_by_its_header_without_decoding(width, height):
     assert reason(Sample("k", {"png": png_of_size(width, height)}).image) == "too many pixels"
     assert reason(Sample("k", {"png": png_of_size(5000, 5000)}).image) == "unreadable image"
 
 
 @pytest.mark.parametrize("raw", [
-    b"", b"<html>", b"\x89PNG\r\n\x1a\n\xff\xff\xff\xff", encoded(smooth(8, 8), "GIF"),
-    encoded(Image.fromarray(noise(64, 64)), "JPEG")[:-300],
+    b"\x89PNG\r\n\x1a\n\xff\xff\xff\xff", encoded(smooth(8, 8), "GIF"),
     encoded(Image.fromarray(noise(64, 64)))[:-300],
 ])
 def test_what_is_no_whole_jpeg_png_or_webp_is_unreadable(raw):
     assert reason(Sample("k", {"jpg": raw}).image) == "unreadable image"
 
 
-@pytest.mark.parametrize("width, height, min_size, size", [
-    (640, 200, 64, (320, 100)), (640, 640, 80, (80, 80)), (640, 640, 81, (160, 160)),
-])
-def test_a_jpeg_is_decoded_at_a_fraction_with_both_sides_at_least_min_size(width, height, min_size,
-                                                                           size):
-    page = smooth(width, height)
+@pytest.mark.parametrize("height, min_size, size", [(200, 64, (320, 100)), (640, 80, (80, 80))])
+def test_a_jpeg_is_decoded_at_a_fraction_with_both_sides_at_least_min_size(height, min_size, size):
+    page = smooth(640, height)
     image = Sample("k", {"jpg": encoded(page, "JPEG", quality=95)}).image(min_size)
     assert image.size == size
     error = np.asarray(image).astype(int) - np.asarray(page.resize(size, Image.BOX)).astype(int)
@@ -612,19 +511,6 @@ def test_255_is_unlabeled_in_eight_bits_and_a_class_in_sixteen():
     assert np.array_equal(deep, classes) and deep.dtype == np.int32
 
 
-@pytest.mark.parametrize("size", [(3, 2), (4, 6), (7, 4)])
-def test_a_mask_of_another_size_than_its_stored_image_is_skipped(size):
-    mask = Image.new("L", size)
-    assert reason(masked(mask).mask) == "mask of another size"
-
-
-@pytest.mark.parametrize("raw", [b"", b"<html>", encoded(Image.new("RGB", (6, 4))),
-                                 encoded(Image.fromarray(noise(64, 64)[..., 0]))[:-100]])
-def test_a_mask_that_is_none_is_skipped(raw):
-    sample = Sample("k", {**masked(Image.new("L", (6, 4))).members, "seg.png": raw})
-    assert reason(sample.mask) == "unreadable mask"
-
-
 def with_boxes(records, name="boxes"):
     record = json.dumps({name: records}).encode()
     return Sample("k", {**painted_sample().members, "json": record})
@@ -640,19 +526,15 @@ def test_boxes_and_segments_are_read_alike_and_cut_at_the_edges():
 
 def test_malformed_boxes_are_left_out():
     good = BOXES[0]
-    bad = [None, "bbox", [1, 2, 3, 4], {}, {"bbox": [], "name": "a"},
-           {"bbox": None, "name": "a"}, {"x": 1, "text": "a"}]
-    for changes in ({"text": None}, {"text": ""}, {"text": 5}, {"text": ["red"]}, {"w": 0},
-                    {"x": "left"}, {"x": None}, {"y": 64}, {"y": -14}, {"w": float("nan")},
-                    {"x": 10**400}, {"x": float("-inf"), "w": float("inf")}):
+    bad = [None, "bbox", [1, 2, 3, 4], {"bbox": [], "name": "a"}, {"x": 1, "text": "a"}]
+    for changes in ({"text": ""}, {"text": 5}, {"w": 0}, {"x": "left"}, {"y": 64}, {"y": -14},
+                    {"w": math.nan}, {"x": 10**400}, {"x": -math.inf, "w": math.inf}):
         bad.append({**good, **changes})
     for record in bad:
         assert reason(with_boxes([record]).boxes, 96, 64) == "no box", record
     wide = {"x": 3, "y": 3, "w": 1e300, "h": 9, "text": "wide"}
     assert with_boxes([*bad, good, wide]).boxes(96, 64) == [(6, 5, 20, 14, "red"),
                                                             (3, 3, 93, 9, "wide")]
-    for records in ({}, "boxes", None, 5):
-        assert reason(with_boxes(records).boxes, 96, 64) == "no box"
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -703,30 +585,13 @@ def test_one_of_the_images_of_a_sentence_is_drawn():
     assert set(counts) == {0, 1} and min(counts.values()) > 70
 
 
-@pytest.mark.parametrize("record, why", [
-    ({"text_list": ["a"]}, "no document"), ({"text_list": 3, "image_info": []}, "no document"),
-    ({"text_list": [], "image_info": [matched(0, 0)]}, "no image left"),
-    ({"text_list": ["a"], "image_info": [matched(9, 0)]}, "no image left"),
-])
-def test_a_document_without_images_has_its_reason(record, why):
-    sample = document_sample(**record)
-    assert sample.is_document()
-    assert reason(sample.document, np.random.default_rng(0)) == why
-
-
 # ---- views ----
 
-def test_without_rng_the_crop_is_the_center_of_346_squared_pixels():
-    pixels = noise(346, 346)  # nothing to resize: 28 = (346 - 289) // 2 pixels go left and on top
-    view = data.resize_and_crop(Image.fromarray(pixels), 289)
-    assert np.array_equal(view, pixels[28:317, 28:317].transpose(2, 0, 1))
-
-
-@pytest.mark.parametrize("width, height, size, full", [(400, 300, 32, 38), (61, 500, 32, 38),
-                                                       (200, 200, 64, 77)])
-def test_one_resize_equals_resizing_everything_and_then_cropping(width, height, size, full):
+# 346 squared pixels: nothing to resize, and 28 = (346 - 289) // 2 of them go left and on top
+@pytest.mark.parametrize("width, height, size, full, start", [
+    (346, 346, 289, 346, 28), (61, 500, 32, 38, 3)])
+def test_one_resize_equals_resizing_everything_and_then_cropping(width, height, size, full, start):
     whole = smooth(width, height).resize((full, full), Image.BILINEAR)
-    start = (full - size) // 2
     want = np.asarray(whole).astype(int)[start:start + size, start:start + size]
     view = data.resize_and_crop(smooth(width, height), size).astype(int)
     assert np.abs(view - want.transpose(2, 0, 1)).max() <= 1
@@ -760,17 +625,13 @@ def test_random_boxes_lie_inside_and_have_the_wanted_area_and_shape():
     assert data.random_box(rng, 1000, 10, 0.9) == (493, 0, 13, 10)  # central: no such box exists
 
 
-def test_the_central_crop_is_the_middle_of_the_image_with_its_short_side_resized():
-    pixels = noise(32, 32)
-    assert np.array_equal(data.center_crop(Image.fromarray(pixels), 32), pixels.transpose(2, 0, 1))
-    for width, height in ((192, 64), (64, 192)):
-        scale = 32 / min(width, height)
-        size = (round(width * scale), round(height * scale))
-        whole = np.asarray(smooth(width, height).resize(size, Image.BICUBIC)).astype(int)
-        left = (size[0] - 32) // 2
-        top = (size[1] - 32) // 2
-        want = whole[top:top + 32, left:left + 32].transpose(2, 0, 1)
-        assert np.abs(data.center_crop(smooth(width, height), 32) - want).max() <= 1
+@pytest.mark.parametrize("width, height, left, top", [(192, 64, 32, 0), (64, 192, 0, 32)])
+def test_the_central_crop_is_the_middle_of_the_image_with_its_short_side_resized(
+        width, height, left, top):
+    image = smooth(width, height)
+    whole = np.asarray(image.resize((width // 2, height // 2), Image.BICUBIC)).astype(int)
+    want = whole[top:top + 32, left:left + 32].transpose(2, 0, 1)
+    assert np.abs(data.center_crop(image, 32) - want).max() <= 1
 
 
 # ---- order ----
@@ -811,12 +672,7 @@ def test_the_tail_that_fills_no_batch_waits_for_another_epoch():
     samples = [order(step, row) for step in range(6) for row in range(12)]
     assert samples[:36] == slow_order(STARTS, 3, 0)[:36]
     assert samples[36:] == slow_order(STARTS, 3, 1)[:36]
-
-
-def test_a_batch_larger_than_the_data_is_an_error_and_one_as_large_is_an_epoch():
-    with pytest.raises(UserError, match="takes 41 samples .* have 40: give a smaller --batch"):
-        ShuffledOrder(STARTS, 41, 0)
-    assert ShuffledOrder(STARTS, 40, 0).steps_per_epoch == 1
+    assert ShuffledOrder(STARTS, 40, 3).steps_per_epoch == 1
 
 
 def test_ten_million_samples_are_ordered_without_listing_them():
@@ -881,7 +737,7 @@ def test_ranks_and_workers_together_read_each_sample_once_per_epoch_in_order(num
     assert batches["draw"].flatten()[:40].tolist() == draws
 
 
-@pytest.mark.parametrize("start_step, workers", [(1, 0), (5, 0), (8, 2), (9, 1)])
+@pytest.mark.parametrize("start_step, workers", [(5, 0), (8, 2)])
 def test_a_run_resumed_at_any_step_reads_what_it_would_have_read(numbered, start_step, workers):
     whole = list(data.loader(dataset_of(numbered, rank=1, world_size=2), 0, 9, 0, CPU))
     again = dataset_of(Index(numbered.paths), rank=1, world_size=2)
@@ -892,20 +748,16 @@ def test_a_run_resumed_at_any_step_reads_what_it_would_have_read(numbered, start
         assert b["data_wait"] > 0
 
 
-def without(numbers, why="no image"):
+def without(numbers):
     def example(sample, rng):
         if int(sample.key) in numbers:
-            raise Skip(why)
+            raise Skip("no image")
         return number(sample, rng)
     return example
 
 
-def counts_of(skipped):
-    return {reason: n for reason, n in zip(data.REASONS, skipped.tolist()) if n}
-
-
-@pytest.mark.parametrize("positions", [[7], [8, 9, 10], [38, 39, 0, 1]])
-@pytest.mark.parametrize("world_size, workers", [(1, 0), (4, 0), (1, 1)])
+@pytest.mark.parametrize("positions", [[8, 9, 10], [38, 39, 0, 1]])
+@pytest.mark.parametrize("world_size, workers", [(4, 0), (1, 1)])
 def test_a_sample_that_cannot_be_used_is_replaced_by_the_next_and_no_other_row_moves(
         numbered, world_size, workers, positions):
     order = slow_order(STARTS, 3, 0)
@@ -920,15 +772,13 @@ def test_a_sample_that_cannot_be_used_is_replaced_by_the_next_and_no_other_row_m
     example = without({order[p] for p in positions})
     batches = all_ranks(numbered, 5, example, 8, world_size, workers)
     assert batches["n"].flatten().tolist() == want
-    assert counts_of(batches["skipped"].sum(0)) == {"no image": n_skipped}
+    counts = dict(zip(data.REASONS, batches["skipped"].sum(0).tolist()))
+    assert counts["no image"] == sum(counts.values()) == n_skipped
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_when_no_sample_can_be_used_the_run_ends_with_one_line(numbered, workers):
-    batches = data.loader(dataset_of(numbered, without(range(40))), 0, 5, workers, CPU)
+def test_when_no_sample_can_be_used_the_run_ends_with_one_line(numbered):
     with pytest.raises(UserError, match="none of the 40 samples can be used .40 no image"):
-        next(batches)
-    batches.close()
+        next(data.loader(dataset_of(numbered, without(range(40))), 0, 5, 1, CPU))
 
 
 def test_rows_of_two_kinds_alternate_evenly_and_each_has_its_own_order(numbered):
@@ -936,17 +786,14 @@ def test_rows_of_two_kinds_alternate_evenly_and_each_has_its_own_order(numbered)
         batch = 8
         seed = 3
 
-    def example(sample, rng):
-        return number(sample, rng)
-
-    sources, share = data.two_sources(Cfg, [numbered, numbered], 0.25, example)
+    sources, share = data.two_sources(Cfg, [numbered, numbered], 0.25, number)
     assert [source.order.batch for source in sources] == [6, 2] and share == 0.25
     halves = [data.BatchDataset(sources, 8, rank, 2, share)[0]["n"] for rank in (0, 1)]
     first = slow_order(STARTS, 3, 0)
     second = slow_order(STARTS, 4, 0)
     assert torch.cat(halves).tolist() == [*first[:3], second[0], *first[3:6], second[1]]
     for indices, want in (([numbered, None], [8, 0]), ([None, numbered], [0, 8])):
-        sources, share = data.two_sources(Cfg, indices, 0.25, example)
+        sources, share = data.two_sources(Cfg, indices, 0.25, number)
         batches = [source.order.batch if source else 0 for source in sources]
         assert batches == want and share == float(want[1] > 0)
         assert len(data.BatchDataset(sources, 8, share=share)[0]["n"]) == 8
@@ -1011,8 +858,7 @@ def test_an_exception_in_a_step_ends_the_process_and_its_workers():
 
 
 def test_too_little_shared_memory_is_one_line_before_the_first_step(monkeypatch):
-    batch = Endless()[0]
-    n_bytes = sum(x.nbytes for x in batch.values())
+    n_bytes = sum(x.nbytes for x in Endless()[0].values())
 
     class Status:
         f_frsize = 1
@@ -1023,14 +869,9 @@ def test_too_little_shared_memory_is_one_line_before_the_first_step(monkeypatch)
     monkeypatch.setattr(os, "statvfs", statvfs)
     monkeypatch.setattr(os.path, "isdir", "/dev/shm".__eq__)
     Status.f_bavail = n_bytes * 5  # a worker makes two, two are in use, one to spare
-    data.check_shared_memory(batch, 1)
+    data.loader(Endless(), 0, 1, 1, CPU)
     with pytest.raises(UserError, match="/dev/shm has .*--workers 0"):
-        data.check_shared_memory(batch, 2)
-    Status.f_bavail = n_bytes * 4
-    with pytest.raises(UserError, match="/dev/shm has .*--workers 0"):
-        data.loader(Endless(), 0, 9, 1, CPU)
-    assert len(list(data.loader(Endless(), 0, 9, 0, CPU))) == 9
+        data.loader(Endless(), 0, 1, 2, CPU)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    Status.f_bavail = n_bytes * 9
-    with pytest.raises(UserError, match="/dev/shm"):
-        data.check_shared_memory(batch, 1)
+    with pytest.raises(UserError, match="/dev/shm has .*--workers 0"):
+        data.loader(Endless(), 0, 1, 1, CPU)
