@@ -7,11 +7,9 @@ import math
 import os
 import pickle
 import signal
-import struct
 import subprocess
 import sys
 import tarfile
-import tracemalloc
 import zlib
 
 import numpy as np
@@ -85,22 +83,14 @@ def samples_of(index):
 
 # ---- which files ----
 
-@pytest.mark.parametrize("pattern, names", [
-    ("{08..11}", "08 09 10 11"), ("{a,b}-{3..1}", "a-3 a-2 a-1 b-3 b-2 b-1"), ("{x}", "{x}"),
-])
-def test_braces_expand_as_in_a_shell(pattern, names):
-    assert data.expand_braces(pattern) == names.split()
-
-
 def test_sources_braces_and_globs_are_joined_in_order_and_each_file_is_named_once(tmp_path):
-    for name in ("a-0", "a-1", "b-0", "b-1"):
+    for name in ("a-09", "a-10", "b-09", "b-10"):
         write_tar(tmp_path / f"{name}.tar", [])
-    (tmp_path / "b-2.tar").symlink_to("b-1.tar")
+    (tmp_path / "c-10.tar").symlink_to("b-10.tar")
     (tmp_path / "._a-0.tar").write_bytes(b"macOS")
-    patterns = [f"{tmp_path}/b-{{0,1,2}}.tar::{tmp_path}/*.tar", f"{tmp_path}/b-0.tar"]
+    patterns = [f"{tmp_path}/{{b,a}}-{{09..10}}.tar::{tmp_path}/*.tar", f"{tmp_path}/b-09.tar"]
     names = [os.path.basename(path) for path in data.expand(patterns)]
-    assert names == ["b-0.tar", "b-1.tar", "a-0.tar", "a-1.tar"]
-    assert data.expand(f"{tmp_path}/a-0.tar") == [f"{tmp_path}/a-0.tar"]
+    assert names == ["b-09.tar", "b-10.tar", "a-09.tar", "a-10.tar"]
 
 
 @pytest.mark.parametrize("train, test", [
@@ -148,11 +138,8 @@ def test_text_that_is_not_utf8_is_refused_in_files_and_counted_in_samples(tmp_pa
     raw = text.encode(encoding)
     (tmp_path / "classes.txt").write_bytes(raw)
     with pytest.raises(UserError, match="classes.txt is not UTF-8"):
-        data.read_lines_near([f"{tmp_path}/0.tar"], "classes.txt")
+        data.read_class_names([f"{tmp_path}/0.tar"])
     assert reason(Sample("k", {"txt": raw}).captions) == "text not UTF-8"
-    assert reason(Sample("k", {"cls": "1".encode(encoding) + raw}).label) == "unreadable class"
-    record = f'{{"caption": "{text}"}}'.encode(encoding)
-    assert reason(Sample("k", {"json": record}).captions) == "unreadable json"
 
 
 def test_an_empty_line_of_a_class_list_is_refused_with_its_number(tmp_path):
@@ -328,17 +315,6 @@ def test_an_index_travels_to_another_process_as_its_paths(tmp_path):
     assert len(packed) < 500 and samples_of(pickle.loads(packed)) == samples_of(index)
 
 
-def test_memory_does_not_grow_with_what_tarfile_knows_of_the_members(tmp_path):
-    peaks = []
-    for n in (1000, 4000):
-        path = write_tar(tmp_path / f"{n}.tar", [(f"{i:06d}.txt", b"") for i in range(n)])
-        tracemalloc.start()
-        Index([path])
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
-    assert peaks[1] - peaks[0] < 3000 * 200  # bytes; tarfile's own list takes 1,000 a member
-
-
 def test_a_shard_that_is_rewritten_or_goes_is_skipped_and_never_mixed_with_the_index(tmp_path):
     path = write_tar(tmp_path / "0.tar", TOY)
     index = Index([path])
@@ -350,17 +326,6 @@ def test_a_shard_that_is_rewritten_or_goes_is_skipped_and_never_mixed_with_the_i
 
 
 # ---- sample ----
-
-def test_missing_parts_have_their_own_reasons():
-    sample = Sample("k", {})
-    assert reason(sample.image) == "no image"
-    assert reason(sample.captions) == "no caption"
-    assert reason(sample.label) == "no class"
-    assert reason(sample.mask) == "no mask"
-    assert reason(painted_sample(boxes=[]).boxes, 96, 64) == "no box"
-    assert reason(sample.document, np.random.default_rng(0)) == "no document"
-    assert not sample.has_caption() and not sample.has_label() and not sample.is_document()
-
 
 @pytest.mark.parametrize("raw, caption", [
     ("\ufeffa\u2028red\u3000 circle\r\n\r\n".encode(), "a red circle"),
@@ -457,29 +422,13 @@ def test_an_image_whose_exif_is_damaged_keeps_its_pixels(kind):
     assert np.array_equal(Sample("k", {"jpg": damaged}).image(), plain)
 
 
-def png_of_size(width, height):
-    """A header alone: decoding it would fail for want of data."""
-    def chunk(name, body):
-        crc = struct.pack(">I", zlib.crc32(name + body))
-        return struct.pack(">I", len(body)) + name + body + crc
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
-
-
-# Pillow itself raises at the second
-@pytest.mark.parametrize("width, height", [(25_000_001, 1), (60_000, 60_000)])
-def test_a_bomb_is_refused_by_its_header_without_decoding(width, height):
-    assert reason(Sample("k", {"png": png_of_size(width, height)}).image) == "too many pixels"
-    assert reason(Sample("k", {"png": png_of_size(5000, 5000)}).image) == "unreadable image"
-
-
-@pytest.mark.parametrize("raw", [
-    b"\x89PNG\r\n\x1a\n\xff\xff\xff\xff", encoded(smooth(8, 8), "GIF"),
-    encoded(Image.fromarray(noise(64, 64)))[:-300],
-])
-def test_what_is_no_whole_jpeg_png_or_webp_is_unreadable(raw):
-    assert reason(Sample("k", {"jpg": raw}).image) == "unreadable image"
+def test_a_bomb_is_refused_by_its_header_without_decoding(monkeypatch):
+    allowed = encoded(Image.new("1", (5000, 5000)))[:100]  # cut: decoding it would fail
+    assert reason(Sample("k", {"png": allowed}).image) == "unreadable image"
+    bomb = encoded(Image.new("1", (5001, 5000)))[:100]
+    assert reason(Sample("k", {"png": bomb}).image) == "too many pixels"
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow itself raises at twice as many
+    assert reason(Sample("k", {"png": bomb}).image) == "too many pixels"
 
 
 @pytest.mark.parametrize("height, min_size, size", [(200, 64, (320, 100)), (640, 80, (80, 80))])
@@ -654,9 +603,8 @@ def slow_order(starts, seed, epoch, window=64):
     return order
 
 
-@pytest.mark.parametrize("window", [1, 3, 64])
-@pytest.mark.parametrize("seed, epoch", [(0, 0), (7, 12)])
-def test_the_order_is_the_rule_spelled_out(monkeypatch, window, seed, epoch):
+@pytest.mark.parametrize("seed, epoch, window", [(0, 0, 64), (7, 12, 1), (7, 12, 3)])
+def test_the_order_is_the_rule_spelled_out(monkeypatch, seed, epoch, window):
     monkeypatch.setattr(data, "WINDOW", window)
     order = ShuffledOrder(STARTS, 8, seed)
     samples = [order.sample(epoch, position) for position in range(40)]
@@ -673,20 +621,6 @@ def test_the_tail_that_fills_no_batch_waits_for_another_epoch():
     assert samples[:36] == slow_order(STARTS, 3, 0)[:36]
     assert samples[36:] == slow_order(STARTS, 3, 1)[:36]
     assert ShuffledOrder(STARTS, 40, 3).steps_per_epoch == 1
-
-
-def test_ten_million_samples_are_ordered_without_listing_them():
-    starts = np.arange(0, 10**7 + 1, 1000)
-    tracemalloc.start()
-    sample = ShuffledOrder(starts, 4096, 5).sample(7, 5_001_234)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 5e6  # bytes; the epoch would be 80 MB
-    # position 5,001,234 is number 9,234 of window 78, which begins at 78 * 64,000
-    shards = common.rng(Stream.SHARDS, 5, 7).permutation(10_000)[78 * 64:79 * 64]
-    samples = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in shards])
-    common.rng(Stream.WINDOW, 5, 7, 78).shuffle(samples)
-    assert sample == samples[9234]
 
 
 # ---- batches ----
@@ -707,18 +641,13 @@ def number(sample, rng):
     return {"n": np.int64(sample.key), "draw": rng.random()}
 
 
-def dataset_of(index, example=number, batch=8, rank=0, world_size=1, seed=3):
-    rows = data.TrainingSet(index, ShuffledOrder(index.starts, batch, seed), example)
-    return data.BatchDataset([rows], batch, rank, world_size)
-
-
-def all_ranks(index, steps, example=number, batch=8, world_size=1, workers=0):
-    """{name: (steps, global batch)}: rows of all ranks; of "skipped" (steps, reasons) the sum."""
+def all_ranks(index, steps, example=number, world_size=1, workers=0, start_step=0):
+    """{name: (steps, global batch of 8)} of all ranks; of "skipped" (steps, reasons) the sum."""
+    rows = data.TrainingSet(index, ShuffledOrder(index.starts, 8, 3), example)
     parts = collections.defaultdict(list)  # of each rank
     for rank in range(world_size):
-        dataset = dataset_of(index, example, batch, rank, world_size)
-        batches = list(data.loader(dataset, 0, steps, workers, CPU))
-        assert len(batches) == steps
+        dataset = data.BatchDataset([rows], 8, rank, world_size)
+        batches = list(data.loader(dataset, start_step, steps, workers, CPU))
         for name in ("n", "draw", "skipped"):
             parts[name].append(torch.stack([b[name] for b in batches]))
     skipped = sum(parts.pop("skipped"))
@@ -726,9 +655,8 @@ def all_ranks(index, steps, example=number, batch=8, world_size=1, workers=0):
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@pytest.mark.parametrize("world_size, workers", [(1, 0), (4, 0), (2, 3)])
-def test_ranks_and_workers_together_read_each_sample_once_per_epoch_in_order(numbered, world_size,
-                                                                             workers):
+@pytest.mark.parametrize("world_size, workers", [(4, 0), (2, 3)])
+def test_ranks_and_workers_read_each_sample_once_an_epoch(numbered, world_size, workers):
     batches = all_ranks(numbered, 10, world_size=world_size, workers=workers)
     first, second = batches["n"].flatten().view(2, 40).tolist()
     assert first == slow_order(STARTS, 3, 0) and second == slow_order(STARTS, 3, 1)
@@ -737,15 +665,12 @@ def test_ranks_and_workers_together_read_each_sample_once_per_epoch_in_order(num
     assert batches["draw"].flatten()[:40].tolist() == draws
 
 
-@pytest.mark.parametrize("start_step, workers", [(5, 0), (8, 2)])
-def test_a_run_resumed_at_any_step_reads_what_it_would_have_read(numbered, start_step, workers):
-    whole = list(data.loader(dataset_of(numbered, rank=1, world_size=2), 0, 9, 0, CPU))
-    again = dataset_of(Index(numbered.paths), rank=1, world_size=2)
-    rest = list(data.loader(again, start_step, 9, workers, CPU))
-    assert len(rest) == 9 - start_step
-    for a, b in zip(whole[start_step:], rest):
-        assert torch.equal(a["n"], b["n"]) and torch.equal(a["draw"], b["draw"])
-        assert b["data_wait"] > 0
+def test_a_run_resumed_at_any_step_reads_what_it_would_have_read(numbered):
+    whole = all_ranks(numbered, 9)
+    for start_step, workers in ((5, 0), (8, 1)):
+        rest = all_ranks(Index(numbered.paths), 9, start_step=start_step, workers=workers)
+        assert torch.equal(rest["n"], whole["n"][start_step:])
+        assert torch.equal(rest["draw"], whole["draw"][start_step:])
 
 
 def without(numbers):
@@ -770,7 +695,7 @@ def test_a_sample_that_cannot_be_used_is_replaced_by_the_next_and_no_other_row_m
             n_skipped += 1
         want[position] = order[other % 40]
     example = without({order[p] for p in positions})
-    batches = all_ranks(numbered, 5, example, 8, world_size, workers)
+    batches = all_ranks(numbered, 5, example, world_size, workers)
     assert batches["n"].flatten().tolist() == want
     counts = dict(zip(data.REASONS, batches["skipped"].sum(0).tolist()))
     assert counts["no image"] == sum(counts.values()) == n_skipped
@@ -778,7 +703,7 @@ def test_a_sample_that_cannot_be_used_is_replaced_by_the_next_and_no_other_row_m
 
 def test_when_no_sample_can_be_used_the_run_ends_with_one_line(numbered):
     with pytest.raises(UserError, match="none of the 40 samples can be used .40 no image"):
-        next(data.loader(dataset_of(numbered, without(range(40))), 0, 5, 1, CPU))
+        all_ranks(numbered, 5, without(range(40)), workers=1)
 
 
 def test_rows_of_two_kinds_alternate_evenly_and_each_has_its_own_order(numbered):
@@ -787,16 +712,14 @@ def test_rows_of_two_kinds_alternate_evenly_and_each_has_its_own_order(numbered)
         seed = 3
 
     sources, share = data.two_sources(Cfg, [numbered, numbered], 0.25, number)
-    assert [source.order.batch for source in sources] == [6, 2] and share == 0.25
     halves = [data.BatchDataset(sources, 8, rank, 2, share)[0]["n"] for rank in (0, 1)]
     first = slow_order(STARTS, 3, 0)
     second = slow_order(STARTS, 4, 0)
     assert torch.cat(halves).tolist() == [*first[:3], second[0], *first[3:6], second[1]]
-    for indices, want in (([numbered, None], [8, 0]), ([None, numbered], [0, 8])):
-        sources, share = data.two_sources(Cfg, indices, 0.25, number)
-        batches = [source.order.batch if source else 0 for source in sources]
-        assert batches == want and share == float(want[1] > 0)
-        assert len(data.BatchDataset(sources, 8, share=share)[0]["n"]) == 8
+    sources, share = data.two_sources(Cfg, [None, numbered], 0.25, number)
+    assert data.BatchDataset(sources, 8, share=share)[0]["n"].tolist() == second[:8]
+    sources, share = data.two_sources(Cfg, [numbered, None], 0.25, number)
+    assert data.BatchDataset(sources, 8, share=share)[0]["n"].tolist() == first[:8]
 
 
 # ---- loader ----
@@ -806,18 +729,19 @@ class Endless(torch.utils.data.Dataset):
         return {"step": torch.full((1000,), step), "skipped": torch.zeros(len(data.REASONS))}
 
 
-def new_children(others):
-    """Processes that this one has started since; `others` may be pools of other tests."""
-    return [p for p in torch.multiprocessing.active_children() if p not in others]
+def start_workers(n):
+    """Batches of n workers, and their processes."""
+    others = torch.multiprocessing.active_children()  # of other tests
+    batches = data.loader(Endless(), 0, 10**6, n, CPU)
+    for _ in range(9):  # all workers are at work
+        next(batches)
+    return batches, [p for p in torch.multiprocessing.active_children() if p not in others]
 
 
-def test_a_killed_worker_is_one_line(numbered):
-    others = torch.multiprocessing.active_children()
-    batches = data.loader(Endless(), 0, 10**6, 1, CPU)
-    next(batches)
-    pid = new_children(others)[0].pid
+def test_a_killed_worker_is_one_line():
+    batches, (worker,) = start_workers(1)
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise in this test
-    os.kill(pid, signal.SIGKILL)
+    os.kill(worker.pid, signal.SIGKILL)
     with pytest.raises(UserError, match="a loader worker died .*fewer --workers"):
         for _ in range(1000):
             next(batches)
@@ -825,12 +749,7 @@ def test_a_killed_worker_is_one_line(numbered):
 
 
 def test_signals_to_the_group_leave_the_workers_alone_and_close_ends_them():
-    others = torch.multiprocessing.active_children()
-    batches = data.loader(Endless(), 0, 10**6, 2, CPU)
-    next(batches)
-    for _ in range(8):  # both workers are at work
-        next(batches)
-    workers = new_children(others)
+    batches, workers = start_workers(2)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         for worker in workers:
             os.kill(worker.pid, number)
@@ -848,8 +767,7 @@ def test_an_exception_in_a_step_ends_the_process_and_its_workers():
         class Endless(torch.utils.data.Dataset):
             def __getitem__(self, step):
                 return {"step": torch.zeros(9), "skipped": torch.zeros(9)}
-        batches = data.loader(Endless(), 0, 10 ** 6, 2, torch.device("cpu"))
-        next(batches)
+        next(data.loader(Endless(), 0, 10 ** 6, 2, torch.device("cpu")))
         raise KeyError("a mistake in the step")
         """
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
