@@ -3,14 +3,13 @@ import collections
 import gzip
 import io
 import json
+import math
 import os
 import pickle
 import signal
-import struct
 import subprocess
 import sys
 import tarfile
-import tracemalloc
 import zlib
 
 import numpy as np
@@ -84,28 +83,18 @@ def samples_of(index):
 
 # ---- which files ----
 
-@pytest.mark.parametrize("pattern, names", [
-    ("{8..11}", "8 9 10 11"), ("{08..11}", "08 09 10 11"), ("{a,b}-{0..1}", "a-0 a-1 b-0 b-1"),
-    ("{x}", "{x}"), ("{3..1}", "3 2 1"),
-])
-def test_braces_expand_as_in_a_shell(pattern, names):
-    assert data.expand_braces(pattern) == names.split()
-
-
 def test_sources_braces_and_globs_are_joined_in_order_and_each_file_is_named_once(tmp_path):
-    for name in ("a-0", "a-1", "b-0", "b-1"):
+    for name in ("a-09", "a-10", "b-09", "b-10"):
         write_tar(tmp_path / f"{name}.tar", [])
-    (tmp_path / "b-2.tar").symlink_to("b-1.tar")
+    (tmp_path / "c-10.tar").symlink_to("b-10.tar")
     (tmp_path / "._a-0.tar").write_bytes(b"macOS")
-    patterns = [f"{tmp_path}/b-{{0,1,2}}.tar::{tmp_path}/*.tar", f"{tmp_path}/b-0.tar"]
+    patterns = [f"{tmp_path}/{{b,a}}-{{09..10}}.tar::{tmp_path}/*.tar", f"{tmp_path}/b-09.tar"]
     names = [os.path.basename(path) for path in data.expand(patterns)]
-    assert names == ["b-0.tar", "b-1.tar", "a-0.tar", "a-1.tar"]
-    assert data.expand(f"{tmp_path}/a-0.tar") == [f"{tmp_path}/a-0.tar"]
+    assert names == ["b-09.tar", "b-10.tar", "a-09.tar", "a-10.tar"]
 
 
 @pytest.mark.parametrize("train, test", [
-    ("train-0.tar", "test-0.tar"), ("cc3m-train-0000.tar", "cc3m-validation-00.tar"),
-    ("train2017/0.tar", "val2017/0.tar"), ("imagenetTrain-0.tar", "imagenetVal-0.tar"),
+    ("cc3m-train-0000.tar", "cc3m-validation-00.tar"), ("train2017/0.tar", "imagenetVal-0.tar"),
 ])
 def test_words_in_the_names_tell_the_parts_of_a_folder_apart(tmp_path, train, test):
     for name in (train, test):
@@ -123,25 +112,13 @@ def test_a_folder_without_such_words_is_in_both_parts(tmp_path):
 @pytest.mark.parametrize("names, line", [
     (["train-0.tar", "extra-0.tar"], "extra-0.tar: neither train, val nor test"),
     (["train-val-0.tar", "train-0.tar"], "named both training and held-out"),
+    (["train-0.tar"], "no such test shards"),
 ])
-def test_names_that_leave_the_part_open_are_refused(tmp_path, names, line):
+def test_a_folder_whose_names_leave_the_held_out_part_open_is_refused(tmp_path, names, line):
     for name in names:
         write_tar(tmp_path / name, [])
     with pytest.raises(UserError, match=line):
-        data.expand(str(tmp_path))
-
-
-def test_training_shards_are_never_given_out_as_held_out_ones(tmp_path):
-    write_tar(tmp_path / "train-0.tar", [])
-    with pytest.raises(UserError, match="no such test shards"):
         data.expand(str(tmp_path), "test")
-
-
-def test_a_pattern_without_a_match_is_an_error_that_shows_what_it_became(tmp_path):
-    for name in ("00", "02"):
-        write_tar(tmp_path / f"{name}.tar", [])
-    with pytest.raises(UserError, match="/01.tar"):
-        data.expand(f"{tmp_path}/{{00..02}}.tar")
 
 
 # ---- text files ----
@@ -149,27 +126,18 @@ def test_a_pattern_without_a_match_is_an_error_that_shows_what_it_became(tmp_pat
 LINES = ["red circle", "crème\u2028brûlée", "a\x0bb\x0cc\x85d", "猫"]
 
 
-@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
-@pytest.mark.parametrize("end", ["\n", "\r\n"])
-@pytest.mark.parametrize("tail", ["", "\n", "\n\n"])
-def test_lines_end_at_newlines_alone_and_a_byte_order_mark_is_dropped(tmp_path, mark, end, tail):
-    raw = mark + end.join(LINES).encode() + tail.replace("\n", end).encode()
-    (tmp_path / "classes.txt").write_bytes(raw)
+@pytest.mark.parametrize("mark, end", [(b"", "\n"), (b"\xef\xbb\xbf", "\r\n")])
+def test_lines_end_at_newlines_alone_and_a_byte_order_mark_is_dropped(tmp_path, mark, end):
+    text = end.join([*LINES, "", ""])  # empty lines at the end are no lines
+    (tmp_path / "classes.txt").write_bytes(mark + text.encode())
     assert data.read_lines_near([f"{tmp_path}/0.tar"], "classes.txt") == LINES
 
 
-@pytest.mark.parametrize("text, encoding", [
-    ("crème", "cp1252"), ("crème", "utf-16"), ("cream", "utf-16-le"),
-])
-def test_text_that_is_not_utf8_is_refused_in_files_and_counted_in_samples(tmp_path, text, encoding):
-    raw = text.encode(encoding)
-    (tmp_path / "classes.txt").write_bytes(raw)
+@pytest.mark.parametrize("text, encoding", [("crème", "cp1252"), ("cream", "utf-16-le")])
+def test_text_that_is_not_utf8_is_refused(tmp_path, text, encoding):
+    (tmp_path / "classes.txt").write_bytes(text.encode(encoding))
     with pytest.raises(UserError, match="classes.txt is not UTF-8"):
-        data.read_lines_near([f"{tmp_path}/0.tar"], "classes.txt")
-    assert reason(Sample("k", {"txt": raw}).captions) == "text not UTF-8"
-    assert reason(Sample("k", {"cls": "1".encode(encoding) + raw}).label) == "unreadable class"
-    record = f'{{"caption": "{text}"}}'.encode(encoding)
-    assert reason(Sample("k", {"json": record}).captions) == "unreadable json"
+        data.read_class_names([f"{tmp_path}/0.tar"])
 
 
 def test_an_empty_line_of_a_class_list_is_refused_with_its_number(tmp_path):
@@ -178,26 +146,17 @@ def test_an_empty_line_of_a_class_list_is_refused_with_its_number(tmp_path):
         data.read_lines_near([f"{tmp_path}/0.tar"], "classes.txt")
 
 
-def test_class_names_stand_beside_the_shards_or_one_folder_up(tmp_path):
-    (tmp_path / "test").mkdir()
-    shard = f"{tmp_path}/test/0.tar"
-    names = ("classes.txt", "classnames.txt")
-    assert data.read_lines_near([shard], *names) is None
-    (tmp_path / "classnames.txt").write_text("up\n")
-    assert data.read_lines_near([shard], *names) == ["up"]
-    (tmp_path / "test" / "classes.txt").write_text(" great white shark \n")
-    assert data.read_lines_near([shard], *names) == ["great white shark"]
-
-
-def test_shards_of_folders_with_different_class_lists_are_refused(tmp_path):
+def test_class_names_stand_beside_the_shards_or_one_folder_up_and_must_agree(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / "classes.txt").write_text("one\n")
     shards = [f"{tmp_path}/a/0.tar", f"{tmp_path}/b/0.tar"]
-    assert data.read_lines_near(shards, "classes.txt") == ["one"]
-    (tmp_path / "b" / "classes.txt").write_text("two\n")
-    with pytest.raises(UserError, match="a/classes.txt and .*b/classes.txt differ"):
-        data.read_lines_near(shards, "classes.txt")
+    assert data.read_class_names(shards) is None
+    (tmp_path / "classnames.txt").write_text("up\n")
+    assert data.read_class_names(shards) == ["up"]
+    (tmp_path / "b" / "classes.txt").write_text(" great white shark \n")
+    assert data.read_class_names(shards[1:]) == ["great white shark"]
+    with pytest.raises(UserError, match="/classnames.txt and .*b/classes.txt differ"):
+        data.read_class_names(shards)
 
 
 # ---- index ----
@@ -208,13 +167,15 @@ for k in range(3):
     TOY += [(f"{k}.jpg", 3000 * letter), (f"{k}.json", 2 * letter), (f"{k}.txt", 2 * letter)]
 
 
-def test_neighbors_with_one_key_are_a_sample_whose_suffixes_are_lower_case(tmp_path):
-    members = [("Zebra.JPG", b"1"), ("Zebra.Seg.PNG", b"2"), ("ant.Txt", b"3"), ("Ant.txt", b"4")]
-    index = Index([write_tar(tmp_path / "0.tar", members)])
+def test_neighbors_with_one_key_are_a_sample_until_a_suffix_is_repeated(tmp_path):
+    path = write_tar(tmp_path / "0.tar", [("Zebra.JPG", b"1"), ("Zebra.Seg.PNG", b"2"),
+                                          ("ant.Txt", b"3"), ("Ant.txt", b"4"), ("Ant.TXT", b"5")])
+    index = Index([path])
     assert samples_of(index) == [("Zebra", {"jpg": b"1", "seg.png": b"2"}), ("ant", {"txt": b"3"}),
-                                 ("Ant", {"txt": b"4"})]
+                                 ("Ant", {"txt": b"4"}), ("Ant", {"txt": b"5"})]
+    assert index.notes == {path: {data.REPEATED: 1}}
     with pytest.raises(IndexError):
-        index[3]
+        index[4]
 
 
 def test_members_that_belong_to_no_sample_are_left_out_and_odd_ones_are_counted(tmp_path):
@@ -229,16 +190,7 @@ def test_members_that_belong_to_no_sample_are_left_out_and_odd_ones_are_counted(
     assert index.warnings() == [f"{path}: links left out (1), hidden files left out (4)"]
 
 
-def test_a_repeated_suffix_begins_a_new_sample_and_is_counted(tmp_path):
-    path = write_tar(tmp_path / "0.tar", [("0.jpg", b"a"), ("0.txt", b"b"), ("0.JPG", b"c"),
-                                          ("0.txt", b"d"), ("1.jpg", b"e")])
-    index = Index([path])
-    assert [members for _, members in samples_of(index)] == [
-        {"jpg": b"a", "txt": b"b"}, {"jpg": b"c", "txt": b"d"}, {"jpg": b"e"}]
-    assert index.notes == {path: {data.REPEATED: 1}}
-
-
-@pytest.mark.parametrize("suffixes", [["jpg", "txt"], ["jpg"], ["json", "jpg"]])
+@pytest.mark.parametrize("suffixes", [["jpg", "txt"], ["jpg"]])
 def test_samples_lost_to_dots_in_their_names_are_counted(tmp_path, suffixes):
     names = [f"frame_2024.05.01_{i:04d}.{suffix}" for i in range(20) for suffix in suffixes]
     path = write_tar(tmp_path / "0.tar", [(name, b"x") for name in names])
@@ -246,13 +198,6 @@ def test_samples_lost_to_dots_in_their_names_are_counted(tmp_path, suffixes):
     assert len(index) == 1
     assert index.warnings() == [f"{path}: samples lost, as keys end at the first dot of a file "
                                 "name: rename the files (19)"]
-
-
-@pytest.mark.parametrize("suffixes", [
-    ["png", "seg.png", "json"], ["0.jpg", "1.jpg", "json"], ["png", "seg.png", "depth.png"],
-])
-def test_names_in_our_own_formats_lose_nothing_to_dots(suffixes):
-    assert data.lost_to_dots(set(suffixes)) == 0
 
 
 def test_every_cut_is_counted_or_harmless_and_what_lies_before_it_is_used(tmp_path):
@@ -284,40 +229,28 @@ def test_a_damaged_header_does_not_pass_for_the_end(tmp_path, start, n_bytes):
     assert index.notes == {path: {data.CUT: 1}} and index[0].members["jpg"] == 3000 * b"A"
 
 
-def test_joined_archives_are_noticed(tmp_path):
-    raw = open(write_tar(tmp_path / "0.tar", TOY), "rb").read()
-    (tmp_path / "1.tar").write_bytes(raw + raw)
-    index = Index([str(tmp_path / "1.tar")])
-    assert len(index) == 3 and index.notes == {str(tmp_path / "1.tar"): {data.JOINED: 1}}
-
-
 def test_bad_archives_are_named_and_the_others_are_used(tmp_path):
+    good = write_tar(tmp_path / "1.tar", TOY)
+    raw = open(good, "rb").read()
     page = tmp_path / "0.tar"
     page.write_text("<html>404 Not Found</html>\n" * 100)
-    good = write_tar(tmp_path / "1.tar", TOY)
     compressed = tmp_path / "2.tar"
-    compressed.write_bytes(gzip.compress(open(good, "rb").read()))
+    compressed.write_bytes(gzip.compress(raw))
     empty = write_tar(tmp_path / "3.tar", [])
-    index = Index([str(page), good, str(compressed), empty])
-    assert index.starts.tolist() == [0, 0, 3, 3, 3] and index[2].members["txt"] == b"CC"
-    assert [line.partition(": ")[::2] for line in index.warnings()] == [
-        (str(page), "not a tar (1)"),
-        (str(compressed), f"{data.COMPRESSED} (1)")]
-    with pytest.raises(UserError, match="no sample in 1 shard.*2.tar: compressed.*gzip -d"):
-        Index([str(compressed)])
+    joined = tmp_path / "4.tar"
+    joined.write_bytes(raw + raw)
+    index = Index([str(page), good, str(compressed), empty, str(joined)])
+    assert index.starts.tolist() == [0, 0, 3, 3, 3, 6] and index[2].members["txt"] == b"CC"
+    assert index.notes == {str(page): {data.NOT_TAR: 1}, str(compressed): {data.COMPRESSED: 1},
+                           str(joined): {data.JOINED: 1}}
     with pytest.raises(UserError, match="no sample"):
         Index([empty])
-
-
-def test_a_shard_that_cannot_be_opened_is_named(tmp_path):
-    good = write_tar(tmp_path / "0.tar", TOY)
-    with pytest.raises(UserError, match="1.tar cannot be read .No such file"):
-        Index([good, str(tmp_path / "1.tar")])
+    with pytest.raises(UserError, match="5.tar cannot be read .No such file"):
+        Index([good, str(tmp_path / "5.tar")])
 
 
 @pytest.mark.parametrize("format, key", [
-    (tarfile.USTAR_FORMAT, "p" * 90 + "/" + "k" * 60), (tarfile.USTAR_FORMAT, "päivä/猫🐱"),
-    (tarfile.GNU_FORMAT, "k" * 130), (tarfile.PAX_FORMAT, "k" * 130),
+    (tarfile.PAX_FORMAT, "päivä/猫🐱" + "k" * 130),
     (tarfile.GNU_FORMAT, "k" * 93),  # .jpg fits into a header, .seg.png does not
 ])
 def test_long_and_foreign_names_are_read_in_all_dialects(tmp_path, format, key):
@@ -330,22 +263,21 @@ def test_long_and_foreign_names_are_read_in_all_dialects(tmp_path, format, key):
 
 
 def test_the_cache_is_used_until_a_shard_changes(tmp_path, monkeypatch):
-    scans = []
-    scan = data.scan
+    class Scanned(Exception):
+        pass
 
-    def counted_scan(path):
-        scans.append(path)
-        return scan(path)
+    def scan(path):
+        raise Scanned
 
-    monkeypatch.setattr(data, "scan", counted_scan)
     paths = [write_tar(tmp_path / "0.tar", TOY), write_tar(tmp_path / "1.tar", TOY[:3])]
-    first = Index(paths)
-    second = Index(paths)
-    assert len(scans) == 2 and samples_of(first) == samples_of(second)
+    whole = samples_of(Index(paths))
+    monkeypatch.setattr(data, "scan", scan)
+    assert samples_of(Index(paths)) == whole
+    with pytest.raises(Scanned):
+        Index(paths[::-1])  # another order is another index
     os.utime(paths[0], ns=(10**18, 10**18))
-    Index(paths)
-    Index(paths[::-1])  # another order is another index
-    assert len(scans) == 6
+    with pytest.raises(Scanned):
+        Index(paths)
 
 
 @pytest.mark.parametrize("table", ["members", "samples", "keys", "json"])
@@ -355,43 +287,28 @@ def test_a_cache_that_was_cut_short_is_made_anew(tmp_path, table):
     whole = samples_of(index)
     file = f"{index.cache}.{table}"
     raw = open(file, "rb").read()
-    for n_bytes in (0, 1, 16, 32, 40):
-        os.truncate(file, min(n_bytes, len(raw) - 1))
+    for n_bytes in (0, 1, len(raw) - 1):
+        os.truncate(file, n_bytes)
         assert samples_of(Index([path])) == whole
         assert open(file, "rb").read() == raw
     os.remove(file)
     assert samples_of(Index([path])) == whole
 
 
-def test_many_shards_are_scanned_by_other_processes_with_the_same_result(tmp_path, monkeypatch):
+def test_many_shards_are_scanned_by_other_processes_with_the_same_result(tmp_path):
     paths = []
+    want = []
     for k in range(50):
-        members = [(f"{i}.{suffix}", b"x") for i in range(k % 4) for suffix in ("jpg", f"{k}.png")]
+        members = [(f"{k}_{i}.{k}.png", b"%d" % i) for i in range(k % 4)]
         paths.append(write_tar(tmp_path / f"{k}.tar", members))
-    index = Index(paths)
-    here = map(data.scan, paths)
-    assert index.starts.tolist() == np.cumsum([0] + [len(s.samples) for s in here]).tolist()
-    for i in range(len(index)):
-        shard = int(np.searchsorted(index.starts, i, side="right")) - 1
-        assert index[i].members.keys() == {"jpg", f"{shard}.png"}
-        assert index[i].key == str(i - index.starts[shard])
+        want += [(f"{k}_{i}", {f"{k}.png": b"%d" % i}) for i in range(k % 4)]
+    assert samples_of(Index(paths)) == want
 
 
 def test_an_index_travels_to_another_process_as_its_paths(tmp_path):
     index = Index([write_tar(tmp_path / "0.tar", TOY)])
     packed = pickle.dumps(index)
     assert len(packed) < 500 and samples_of(pickle.loads(packed)) == samples_of(index)
-
-
-def test_memory_does_not_grow_with_what_tarfile_knows_of_the_members(tmp_path):
-    peaks = []
-    for n in (1000, 4000):
-        path = write_tar(tmp_path / f"{n}.tar", [(f"{i:06d}.txt", b"") for i in range(n)])
-        tracemalloc.start()
-        Index([path])
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
-    assert peaks[1] - peaks[0] < 3000 * 200  # bytes; tarfile's own list takes 1,000 a member
 
 
 def test_a_shard_that_is_rewritten_or_goes_is_skipped_and_never_mixed_with_the_index(tmp_path):
@@ -406,59 +323,17 @@ def test_a_shard_that_is_rewritten_or_goes_is_skipped_and_never_mixed_with_the_i
 
 # ---- sample ----
 
-def test_missing_parts_have_their_own_reasons():
-    sample = Sample("k", {})
-    assert reason(sample.image) == "no image"
-    assert reason(sample.captions) == "no caption"
-    assert reason(sample.label) == "no class"
-    assert reason(sample.mask) == "no mask"
-    assert reason(painted_sample(boxes=[]).boxes, 96, 64) == "no box"
-    assert reason(sample.document, np.random.default_rng(0)) == "no document"
-    assert not sample.has_caption() and not sample.has_label() and not sample.is_document()
-
-
-@pytest.mark.parametrize("raw, caption", [
-    (b"  a\tred \n bicycle ", "a red bicycle"), ("a\u2028red\u3000circle".encode(), "a red circle"),
-    (b"\xef\xbb\xbfa red circle\r\n\r\n", "a red circle"), (10**6 * b"x", 10_000 * "x"),
+@pytest.mark.parametrize("members, captions", [
+    ({"txt": "\ufeffa\u2028red\u3000 circle\r\n\r\n".encode()}, ["a red circle"]),
+    ({"txt": 10**6 * b"x"}, [10_000 * "x"]),
+    ({"json": b'{"captions": ["one", "two"]}'}, ["one", "two"]),
+    ({"json": b'\xef\xbb\xbf{"caption": [null, "", "one", 3]}'}, ["one"]),
+    ({"json": b'{"caption": null, "captions": "one", "similarity": NaN}'}, ["one"]),
+    ({"json": b'{"caption": "one"}', "txt": b"the text goes first"}, ["the text goes first"]),
 ])
-def test_white_space_of_a_caption_collapses_and_a_megabyte_is_cut(raw, caption):
-    assert Sample("k", {"txt": raw}).captions() == [caption]
-
-
-@pytest.mark.parametrize("record, captions", [
-    ({"caption": "one"}, ["one"]), ({"captions": ["one", "two"]}, ["one", "two"]),
-    ({"caption": [None, "", "one", 3]}, ["one"]), ({"caption": None, "captions": "one"}, ["one"]),
-    ({"caption": "fine", "similarity": float("nan")}, ["fine"]),
-])
-def test_captions_of_a_record_are_a_string_or_a_list(record, captions):
-    raw = json.dumps(record).encode()
-    sample = Sample("k", {"json": raw})
+def test_captions_are_the_text_or_a_string_or_list_of_the_record(members, captions):
+    sample = Sample("k", members)
     assert sample.captions() == captions and sample.has_caption()
-    assert Sample("k", {"json": b"\xef\xbb\xbf" + raw}).captions() == captions
-    assert Sample("k", {"json": raw, "txt": b"the text goes first"}).captions() == [
-        "the text goes first"]
-
-
-@pytest.mark.parametrize("members, why", [
-    ({"txt": b" \n\t"}, "empty caption"),
-    ({"json": b'{"caption": ["", " "]}'}, "empty caption"), ({"json": b"{}"}, "no caption"),
-    ({"json": b'{"caption": NaN}'}, "no caption"), ({"json": b'["caption"]'}, "unreadable json"),
-    ({"json": 10_000 * b"[" + 10_000 * b"]"}, "unreadable json"),
-])
-def test_a_caption_that_cannot_be_used_has_its_reason(members, why):
-    assert reason(Sample("k", members).captions) == why
-
-
-@pytest.mark.parametrize("raw, label", [
-    (b" 7\n", 7), (b"\xef\xbb\xbf3", 3), (b"cat", None), (b"-1", None), (9000 * b"9", None),
-])
-def test_a_class_is_a_number_or_unreadable(raw, label):
-    sample = Sample("k", {"cls": raw})
-    assert sample.has_label()
-    if label is None:
-        assert reason(sample.label) == "unreadable class"
-    else:
-        assert sample.label() == label
 
 
 def test_every_caption_of_a_list_gets_its_turn():
@@ -492,58 +367,33 @@ def turn(pixels, orientation):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
-def test_images_and_masks_are_turned_upright_by_exif(orientation, kind):
+def test_images_and_masks_are_turned_upright_by_exif(orientation):
     pixels = noise(6, 4)
-    options = {"lossless": True} if kind == "WEBP" else {}
     sample = Sample("k", {
-        "png": encoded(Image.fromarray(pixels), kind, exif=turned(orientation), **options),
+        "png": encoded(Image.fromarray(pixels), exif=turned(orientation)),
         "seg.png": encoded(Image.fromarray(pixels[..., 0] % 200))})
     assert np.array_equal(np.asarray(sample.image()), turn(pixels, orientation))
     assert np.array_equal(sample.mask(), turn(pixels[..., 0] % 200, orientation))
-
-
-def test_a_camera_held_upright_by_hand():
-    stored = Image.new("RGB", (400, 200), (255, 0, 0))
-    stored.paste((0, 0, 255), (200, 0, 400, 200))  # stored: red left, blue right
-    raw = encoded(stored, "JPEG", exif=turned(6))  # to be turned clockwise: red above, blue below
-    image = Sample("k", {"jpg": raw}).image(min_size=64)  # also when decoded small
-    pixels = np.asarray(image).astype(int)
-    assert image.height == 2 * image.width
-    assert np.abs(pixels[image.height // 4, image.width // 2] - (255, 0, 0)).max() < 12
-    assert np.abs(pixels[3 * image.height // 4, image.width // 2] - (0, 0, 255)).max() < 12
-
-
-def png_chunks(raw):
-    """Yield name, first byte and end of each chunk's data."""
-    start = 8
-    while start < len(raw):
-        length = int.from_bytes(raw[start:start + 4], "big")
-        yield raw[start + 4:start + 8], start + 8, start + 8 + length
-        start += 12 + length
+    assert sample.size() == sample.image().size
 
 
 @pytest.mark.parametrize("is_checked", [True, False])
-def test_a_png_whose_metadata_is_damaged_keeps_its_pixels(is_checked):
+@pytest.mark.parametrize("name", [b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"pHYs"])
+def test_a_png_whose_metadata_is_damaged_keeps_its_pixels(name, is_checked):
     info = PngImagePlugin.PngInfo()
     info.add_text("a", "b" * 20)
     info.add_text("z", "q" * 50, zip=True)
     info.add_itxt("i", "x" * 20)
     pixels = noise(6, 4)
-    whole = encoded(Image.fromarray(pixels), pnginfo=info, exif=turned(1), dpi=(72, 72))
-    rng = np.random.default_rng(0)
-    names = set()
-    for name, start, end in png_chunks(whole):
-        if name[:1].isupper():  # IHDR, IDAT, IEND
-            continue
-        names.add(name)
-        raw = bytearray(whole)
-        raw[start:end] = rng.bytes(end - start)
-        if is_checked:  # the checksum is right, the content is not
-            raw[end:end + 4] = zlib.crc32(raw[start - 4:end]).to_bytes(4, "big")
-        image = Sample("k", {"png": bytes(raw)}).image()
-        assert np.array_equal(np.asarray(image), pixels)
-    assert names == {b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"pHYs"}
+    raw = encoded(Image.fromarray(pixels), pnginfo=info, exif=turned(1), dpi=(72, 72))
+    start = raw.index(name) + 4
+    end = start + int.from_bytes(raw[start - 8:start - 4], "big")
+    damaged = raw[start - 4:start] + np.random.default_rng(0).bytes(end - start)
+    checksum = raw[end:end + 4]
+    if is_checked:  # the checksum is right, the content is not
+        checksum = zlib.crc32(damaged).to_bytes(4, "big")
+    image = Sample("k", {"png": raw[:start - 4] + damaged + checksum + raw[end + 4:]}).image()
+    assert np.array_equal(np.asarray(image), pixels)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
@@ -554,38 +404,18 @@ def test_an_image_whose_exif_is_damaged_keeps_its_pixels(kind):
     assert np.array_equal(Sample("k", {"jpg": damaged}).image(), plain)
 
 
-def png_of_size(width, height):
-    """A header alone: decoding it would fail for want of data."""
-    def chunk(name, body):
-        crc = struct.pack(">I", zlib.crc32(name + body))
-        return struct.pack(">I", len(body)) + name + body + crc
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
-
-
-# Pillow itself raises at the second
-@pytest.mark.parametrize("width, height", [(10_000, 10_000), (60_000, 60_000), (25_000_001, 1)])
-def test_a_bomb_is_refused_by_its_header_without_decoding(width, height):
-    assert reason(Sample("k", {"png": png_of_size(width, height)}).image) == "too many pixels"
-    assert reason(Sample("k", {"png": png_of_size(5000, 5000)}).image) == "unreadable image"
+def test_a_bomb_is_refused_by_its_header_without_decoding(monkeypatch):
+    allowed = encoded(Image.new("1", (5000, 5000)))[:100]  # cut: decoding it would fail
+    assert reason(Sample("k", {"png": allowed}).image) == "unreadable image"
+    bomb = encoded(Image.new("1", (5001, 5000)))[:100]
+    assert reason(Sample("k", {"png": bomb}).image) == "too many pixels"
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow itself raises at twice as many
+    assert reason(Sample("k", {"png": bomb}).image) == "too many pixels"
 
 
-@pytest.mark.parametrize("raw", [
-    b"", b"<html>", b"\x89PNG\r\n\x1a\n\xff\xff\xff\xff", encoded(smooth(8, 8), "GIF"),
-    encoded(Image.fromarray(noise(64, 64)), "JPEG")[:-300],
-    encoded(Image.fromarray(noise(64, 64)))[:-300],
-])
-def test_what_is_no_whole_jpeg_png_or_webp_is_unreadable(raw):
-    assert reason(Sample("k", {"jpg": raw}).image) == "unreadable image"
-
-
-@pytest.mark.parametrize("width, height, min_size, size", [
-    (640, 200, 64, (320, 100)), (640, 640, 80, (80, 80)), (640, 640, 81, (160, 160)),
-])
-def test_a_jpeg_is_decoded_at_a_fraction_with_both_sides_at_least_min_size(width, height, min_size,
-                                                                           size):
-    page = smooth(width, height)
+@pytest.mark.parametrize("height, min_size, size", [(200, 64, (320, 100)), (640, 80, (80, 80))])
+def test_a_jpeg_is_decoded_at_a_fraction_with_both_sides_at_least_min_size(height, min_size, size):
+    page = smooth(640, height)
     image = Sample("k", {"jpg": encoded(page, "JPEG", quality=95)}).image(min_size)
     assert image.size == size
     error = np.asarray(image).astype(int) - np.asarray(page.resize(size, Image.BOX)).astype(int)
@@ -612,19 +442,6 @@ def test_255_is_unlabeled_in_eight_bits_and_a_class_in_sixteen():
     assert np.array_equal(deep, classes) and deep.dtype == np.int32
 
 
-@pytest.mark.parametrize("size", [(3, 2), (4, 6), (7, 4)])
-def test_a_mask_of_another_size_than_its_stored_image_is_skipped(size):
-    mask = Image.new("L", size)
-    assert reason(masked(mask).mask) == "mask of another size"
-
-
-@pytest.mark.parametrize("raw", [b"", b"<html>", encoded(Image.new("RGB", (6, 4))),
-                                 encoded(Image.fromarray(noise(64, 64)[..., 0]))[:-100]])
-def test_a_mask_that_is_none_is_skipped(raw):
-    sample = Sample("k", {**masked(Image.new("L", (6, 4))).members, "seg.png": raw})
-    assert reason(sample.mask) == "unreadable mask"
-
-
 def with_boxes(records, name="boxes"):
     record = json.dumps({name: records}).encode()
     return Sample("k", {**painted_sample().members, "json": record})
@@ -640,19 +457,15 @@ def test_boxes_and_segments_are_read_alike_and_cut_at_the_edges():
 
 def test_malformed_boxes_are_left_out():
     good = BOXES[0]
-    bad = [None, "bbox", [1, 2, 3, 4], {}, {"bbox": [], "name": "a"},
-           {"bbox": None, "name": "a"}, {"x": 1, "text": "a"}]
-    for changes in ({"text": None}, {"text": ""}, {"text": 5}, {"text": ["red"]}, {"w": 0},
-                    {"x": "left"}, {"x": None}, {"y": 64}, {"y": -14}, {"w": float("nan")},
-                    {"x": 10**400}, {"x": float("-inf"), "w": float("inf")}):
+    bad = [None, "bbox", [1, 2, 3, 4], {"bbox": [], "name": "a"}, {"x": 1, "text": "a"}]
+    for changes in ({"text": ""}, {"text": 5}, {"w": 0}, {"x": "left"}, {"y": 64}, {"y": -14},
+                    {"w": math.nan}, {"x": 10**400}, {"x": -math.inf, "w": math.inf}):
         bad.append({**good, **changes})
     for record in bad:
         assert reason(with_boxes([record]).boxes, 96, 64) == "no box", record
     wide = {"x": 3, "y": 3, "w": 1e300, "h": 9, "text": "wide"}
     assert with_boxes([*bad, good, wide]).boxes(96, 64) == [(6, 5, 20, 14, "red"),
                                                             (3, 3, 93, 9, "wide")]
-    for records in ({}, "boxes", None, 5):
-        assert reason(with_boxes(records).boxes, 96, 64) == "no box"
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -703,30 +516,13 @@ def test_one_of_the_images_of_a_sentence_is_drawn():
     assert set(counts) == {0, 1} and min(counts.values()) > 70
 
 
-@pytest.mark.parametrize("record, why", [
-    ({"text_list": ["a"]}, "no document"), ({"text_list": 3, "image_info": []}, "no document"),
-    ({"text_list": [], "image_info": [matched(0, 0)]}, "no image left"),
-    ({"text_list": ["a"], "image_info": [matched(9, 0)]}, "no image left"),
-])
-def test_a_document_without_images_has_its_reason(record, why):
-    sample = document_sample(**record)
-    assert sample.is_document()
-    assert reason(sample.document, np.random.default_rng(0)) == why
-
-
 # ---- views ----
 
-def test_without_rng_the_crop_is_the_center_of_346_squared_pixels():
-    pixels = noise(346, 346)  # nothing to resize: 28 = (346 - 289) // 2 pixels go left and on top
-    view = data.resize_and_crop(Image.fromarray(pixels), 289)
-    assert np.array_equal(view, pixels[28:317, 28:317].transpose(2, 0, 1))
-
-
-@pytest.mark.parametrize("width, height, size, full", [(400, 300, 32, 38), (61, 500, 32, 38),
-                                                       (200, 200, 64, 77)])
-def test_one_resize_equals_resizing_everything_and_then_cropping(width, height, size, full):
+# 346 squared pixels: nothing to resize, and 28 = (346 - 289) // 2 of them go left and on top
+@pytest.mark.parametrize("width, height, size, full, start", [
+    (346, 346, 289, 346, 28), (61, 500, 32, 38, 3)])
+def test_one_resize_equals_resizing_everything_and_then_cropping(width, height, size, full, start):
     whole = smooth(width, height).resize((full, full), Image.BILINEAR)
-    start = (full - size) // 2
     want = np.asarray(whole).astype(int)[start:start + size, start:start + size]
     view = data.resize_and_crop(smooth(width, height), size).astype(int)
     assert np.abs(view - want.transpose(2, 0, 1)).max() <= 1
@@ -760,17 +556,13 @@ def test_random_boxes_lie_inside_and_have_the_wanted_area_and_shape():
     assert data.random_box(rng, 1000, 10, 0.9) == (493, 0, 13, 10)  # central: no such box exists
 
 
-def test_the_central_crop_is_the_middle_of_the_image_with_its_short_side_resized():
-    pixels = noise(32, 32)
-    assert np.array_equal(data.center_crop(Image.fromarray(pixels), 32), pixels.transpose(2, 0, 1))
-    for width, height in ((192, 64), (64, 192)):
-        scale = 32 / min(width, height)
-        size = (round(width * scale), round(height * scale))
-        whole = np.asarray(smooth(width, height).resize(size, Image.BICUBIC)).astype(int)
-        left = (size[0] - 32) // 2
-        top = (size[1] - 32) // 2
-        want = whole[top:top + 32, left:left + 32].transpose(2, 0, 1)
-        assert np.abs(data.center_crop(smooth(width, height), 32) - want).max() <= 1
+@pytest.mark.parametrize("width, height, left, top", [(192, 64, 32, 0), (64, 192, 0, 32)])
+def test_the_central_crop_is_the_middle_of_the_image_with_its_short_side_resized(
+        width, height, left, top):
+    image = smooth(width, height)
+    whole = np.asarray(image.resize((width // 2, height // 2), Image.BICUBIC)).astype(int)
+    want = whole[top:top + 32, left:left + 32].transpose(2, 0, 1)
+    assert np.abs(data.center_crop(image, 32) - want).max() <= 1
 
 
 # ---- order ----
@@ -793,9 +585,8 @@ def slow_order(starts, seed, epoch, window=64):
     return order
 
 
-@pytest.mark.parametrize("window", [1, 3, 64])
-@pytest.mark.parametrize("seed, epoch", [(0, 0), (7, 12)])
-def test_the_order_is_the_rule_spelled_out(monkeypatch, window, seed, epoch):
+@pytest.mark.parametrize("seed, epoch, window", [(0, 0, 64), (7, 12, 1), (7, 12, 3)])
+def test_the_order_is_the_rule_spelled_out(monkeypatch, seed, epoch, window):
     monkeypatch.setattr(data, "WINDOW", window)
     order = ShuffledOrder(STARTS, 8, seed)
     samples = [order.sample(epoch, position) for position in range(40)]
@@ -811,26 +602,7 @@ def test_the_tail_that_fills_no_batch_waits_for_another_epoch():
     samples = [order(step, row) for step in range(6) for row in range(12)]
     assert samples[:36] == slow_order(STARTS, 3, 0)[:36]
     assert samples[36:] == slow_order(STARTS, 3, 1)[:36]
-
-
-def test_a_batch_larger_than_the_data_is_an_error_and_one_as_large_is_an_epoch():
-    with pytest.raises(UserError, match="takes 41 samples .* have 40: give a smaller --batch"):
-        ShuffledOrder(STARTS, 41, 0)
-    assert ShuffledOrder(STARTS, 40, 0).steps_per_epoch == 1
-
-
-def test_ten_million_samples_are_ordered_without_listing_them():
-    starts = np.arange(0, 10**7 + 1, 1000)
-    tracemalloc.start()
-    sample = ShuffledOrder(starts, 4096, 5).sample(7, 5_001_234)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 5e6  # bytes; the epoch would be 80 MB
-    # position 5,001,234 is number 9,234 of window 78, which begins at 78 * 64,000
-    shards = common.rng(Stream.SHARDS, 5, 7).permutation(10_000)[78 * 64:79 * 64]
-    samples = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in shards])
-    common.rng(Stream.WINDOW, 5, 7, 78).shuffle(samples)
-    assert sample == samples[9234]
+    assert ShuffledOrder(STARTS, 40, 3).steps_per_epoch == 1
 
 
 # ---- batches ----
@@ -851,18 +623,13 @@ def number(sample, rng):
     return {"n": np.int64(sample.key), "draw": rng.random()}
 
 
-def dataset_of(index, example=number, batch=8, rank=0, world_size=1, seed=3):
-    rows = data.TrainingSet(index, ShuffledOrder(index.starts, batch, seed), example)
-    return data.BatchDataset([rows], batch, rank, world_size)
-
-
-def all_ranks(index, steps, example=number, batch=8, world_size=1, workers=0):
-    """{name: (steps, global batch)}: rows of all ranks; of "skipped" (steps, reasons) the sum."""
+def all_ranks(index, steps, example=number, world_size=1, workers=0, start_step=0):
+    """{name: (steps, global batch of 8)} of all ranks; of "skipped" (steps, reasons) the sum."""
+    rows = data.TrainingSet(index, ShuffledOrder(index.starts, 8, 3), example)
     parts = collections.defaultdict(list)  # of each rank
     for rank in range(world_size):
-        dataset = dataset_of(index, example, batch, rank, world_size)
-        batches = list(data.loader(dataset, 0, steps, workers, CPU))
-        assert len(batches) == steps
+        dataset = data.BatchDataset([rows], 8, rank, world_size)
+        batches = list(data.loader(dataset, start_step, steps, workers, CPU))
         for name in ("n", "draw", "skipped"):
             parts[name].append(torch.stack([b[name] for b in batches]))
     skipped = sum(parts.pop("skipped"))
@@ -870,9 +637,8 @@ def all_ranks(index, steps, example=number, batch=8, world_size=1, workers=0):
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@pytest.mark.parametrize("world_size, workers", [(1, 0), (4, 0), (2, 3)])
-def test_ranks_and_workers_together_read_each_sample_once_per_epoch_in_order(numbered, world_size,
-                                                                             workers):
+@pytest.mark.parametrize("world_size, workers", [(4, 0), (2, 3)])
+def test_ranks_and_workers_read_each_sample_once_an_epoch(numbered, world_size, workers):
     batches = all_ranks(numbered, 10, world_size=world_size, workers=workers)
     first, second = batches["n"].flatten().view(2, 40).tolist()
     assert first == slow_order(STARTS, 3, 0) and second == slow_order(STARTS, 3, 1)
@@ -881,31 +647,24 @@ def test_ranks_and_workers_together_read_each_sample_once_per_epoch_in_order(num
     assert batches["draw"].flatten()[:40].tolist() == draws
 
 
-@pytest.mark.parametrize("start_step, workers", [(1, 0), (5, 0), (8, 2), (9, 1)])
-def test_a_run_resumed_at_any_step_reads_what_it_would_have_read(numbered, start_step, workers):
-    whole = list(data.loader(dataset_of(numbered, rank=1, world_size=2), 0, 9, 0, CPU))
-    again = dataset_of(Index(numbered.paths), rank=1, world_size=2)
-    rest = list(data.loader(again, start_step, 9, workers, CPU))
-    assert len(rest) == 9 - start_step
-    for a, b in zip(whole[start_step:], rest):
-        assert torch.equal(a["n"], b["n"]) and torch.equal(a["draw"], b["draw"])
-        assert b["data_wait"] > 0
+def test_a_run_resumed_at_any_step_reads_what_it_would_have_read(numbered):
+    whole = all_ranks(numbered, 9)
+    for start_step, workers in ((5, 0), (8, 1)):
+        rest = all_ranks(Index(numbered.paths), 9, start_step=start_step, workers=workers)
+        assert torch.equal(rest["n"], whole["n"][start_step:])
+        assert torch.equal(rest["draw"], whole["draw"][start_step:])
 
 
-def without(numbers, why="no image"):
+def without(numbers):
     def example(sample, rng):
         if int(sample.key) in numbers:
-            raise Skip(why)
+            raise Skip("no image")
         return number(sample, rng)
     return example
 
 
-def counts_of(skipped):
-    return {reason: n for reason, n in zip(data.REASONS, skipped.tolist()) if n}
-
-
-@pytest.mark.parametrize("positions", [[7], [8, 9, 10], [38, 39, 0, 1]])
-@pytest.mark.parametrize("world_size, workers", [(1, 0), (4, 0), (1, 1)])
+@pytest.mark.parametrize("positions", [[8, 9, 10], [38, 39, 0, 1]])
+@pytest.mark.parametrize("world_size, workers", [(4, 0), (1, 1)])
 def test_a_sample_that_cannot_be_used_is_replaced_by_the_next_and_no_other_row_moves(
         numbered, world_size, workers, positions):
     order = slow_order(STARTS, 3, 0)
@@ -918,17 +677,15 @@ def test_a_sample_that_cannot_be_used_is_replaced_by_the_next_and_no_other_row_m
             n_skipped += 1
         want[position] = order[other % 40]
     example = without({order[p] for p in positions})
-    batches = all_ranks(numbered, 5, example, 8, world_size, workers)
+    batches = all_ranks(numbered, 5, example, world_size, workers)
     assert batches["n"].flatten().tolist() == want
-    assert counts_of(batches["skipped"].sum(0)) == {"no image": n_skipped}
+    counts = dict(zip(data.REASONS, batches["skipped"].sum(0).tolist()))
+    assert counts["no image"] == sum(counts.values()) == n_skipped
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_when_no_sample_can_be_used_the_run_ends_with_one_line(numbered, workers):
-    batches = data.loader(dataset_of(numbered, without(range(40))), 0, 5, workers, CPU)
+def test_when_no_sample_can_be_used_the_run_ends_with_one_line(numbered):
     with pytest.raises(UserError, match="none of the 40 samples can be used .40 no image"):
-        next(batches)
-    batches.close()
+        all_ranks(numbered, 5, without(range(40)), workers=1)
 
 
 def test_rows_of_two_kinds_alternate_evenly_and_each_has_its_own_order(numbered):
@@ -936,20 +693,15 @@ def test_rows_of_two_kinds_alternate_evenly_and_each_has_its_own_order(numbered)
         batch = 8
         seed = 3
 
-    def example(sample, rng):
-        return number(sample, rng)
-
-    sources, share = data.two_sources(Cfg, [numbered, numbered], 0.25, example)
-    assert [source.order.batch for source in sources] == [6, 2] and share == 0.25
+    sources, share = data.two_sources(Cfg, [numbered, numbered], 0.25, number)
     halves = [data.BatchDataset(sources, 8, rank, 2, share)[0]["n"] for rank in (0, 1)]
     first = slow_order(STARTS, 3, 0)
     second = slow_order(STARTS, 4, 0)
     assert torch.cat(halves).tolist() == [*first[:3], second[0], *first[3:6], second[1]]
-    for indices, want in (([numbered, None], [8, 0]), ([None, numbered], [0, 8])):
-        sources, share = data.two_sources(Cfg, indices, 0.25, example)
-        batches = [source.order.batch if source else 0 for source in sources]
-        assert batches == want and share == float(want[1] > 0)
-        assert len(data.BatchDataset(sources, 8, share=share)[0]["n"]) == 8
+    sources, share = data.two_sources(Cfg, [None, numbered], 0.25, number)
+    assert data.BatchDataset(sources, 8, share=share)[0]["n"].tolist() == second[:8]
+    sources, share = data.two_sources(Cfg, [numbered, None], 0.25, number)
+    assert data.BatchDataset(sources, 8, share=share)[0]["n"].tolist() == first[:8]
 
 
 # ---- loader ----
@@ -959,18 +711,19 @@ class Endless(torch.utils.data.Dataset):
         return {"step": torch.full((1000,), step), "skipped": torch.zeros(len(data.REASONS))}
 
 
-def new_children(others):
-    """Processes that this one has started since; `others` may be pools of other tests."""
-    return [p for p in torch.multiprocessing.active_children() if p not in others]
+def start_workers(n):
+    """Batches of n workers, and their processes."""
+    others = torch.multiprocessing.active_children()  # of other tests
+    batches = data.loader(Endless(), 0, 10**6, n, CPU)
+    for _ in range(9):  # all workers are at work
+        next(batches)
+    return batches, [p for p in torch.multiprocessing.active_children() if p not in others]
 
 
-def test_a_killed_worker_is_one_line(numbered):
-    others = torch.multiprocessing.active_children()
-    batches = data.loader(Endless(), 0, 10**6, 1, CPU)
-    next(batches)
-    pid = new_children(others)[0].pid
+def test_a_killed_worker_is_one_line():
+    batches, (worker,) = start_workers(1)
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise in this test
-    os.kill(pid, signal.SIGKILL)
+    os.kill(worker.pid, signal.SIGKILL)
     with pytest.raises(UserError, match="a loader worker died .*fewer --workers"):
         for _ in range(1000):
             next(batches)
@@ -978,12 +731,7 @@ def test_a_killed_worker_is_one_line(numbered):
 
 
 def test_signals_to_the_group_leave_the_workers_alone_and_close_ends_them():
-    others = torch.multiprocessing.active_children()
-    batches = data.loader(Endless(), 0, 10**6, 2, CPU)
-    next(batches)
-    for _ in range(8):  # both workers are at work
-        next(batches)
-    workers = new_children(others)
+    batches, workers = start_workers(2)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         for worker in workers:
             os.kill(worker.pid, number)
@@ -1001,8 +749,7 @@ def test_an_exception_in_a_step_ends_the_process_and_its_workers():
         class Endless(torch.utils.data.Dataset):
             def __getitem__(self, step):
                 return {"step": torch.zeros(9), "skipped": torch.zeros(9)}
-        batches = data.loader(Endless(), 0, 10 ** 6, 2, torch.device("cpu"))
-        next(batches)
+        next(data.loader(Endless(), 0, 10 ** 6, 2, torch.device("cpu")))
         raise KeyError("a mistake in the step")
         """
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
@@ -1011,8 +758,7 @@ def test_an_exception_in_a_step_ends_the_process_and_its_workers():
 
 
 def test_too_little_shared_memory_is_one_line_before_the_first_step(monkeypatch):
-    batch = Endless()[0]
-    n_bytes = sum(x.nbytes for x in batch.values())
+    n_bytes = sum(x.nbytes for x in Endless()[0].values())
 
     class Status:
         f_frsize = 1
@@ -1023,14 +769,9 @@ def test_too_little_shared_memory_is_one_line_before_the_first_step(monkeypatch)
     monkeypatch.setattr(os, "statvfs", statvfs)
     monkeypatch.setattr(os.path, "isdir", "/dev/shm".__eq__)
     Status.f_bavail = n_bytes * 5  # a worker makes two, two are in use, one to spare
-    data.check_shared_memory(batch, 1)
+    data.loader(Endless(), 0, 1, 1, CPU)
     with pytest.raises(UserError, match="/dev/shm has .*--workers 0"):
-        data.check_shared_memory(batch, 2)
-    Status.f_bavail = n_bytes * 4
-    with pytest.raises(UserError, match="/dev/shm has .*--workers 0"):
-        data.loader(Endless(), 0, 9, 1, CPU)
-    assert len(list(data.loader(Endless(), 0, 9, 0, CPU))) == 9
+        data.loader(Endless(), 0, 1, 2, CPU)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    Status.f_bavail = n_bytes * 9
-    with pytest.raises(UserError, match="/dev/shm"):
-        data.check_shared_memory(batch, 1)
+    with pytest.raises(UserError, match="/dev/shm has .*--workers 0"):
+        data.loader(Endless(), 0, 1, 1, CPU)

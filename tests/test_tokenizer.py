@@ -1,6 +1,5 @@
 """The tokenizer against hand-worked examples and slow references."""
 import collections
-import os
 import random
 import re
 import tarfile
@@ -57,12 +56,13 @@ def slow_train(texts, vocab_size):
 
 
 @pytest.mark.parametrize("n_merges", [0, 24])
-def test_any_text_comes_back_as_it_was(n_merges):
+def test_any_text_comes_back_as_it_was_and_none_becomes_a_special_token(n_merges):
     tokenizer = Tokenizer.train(TEXTS, 264 + n_merges)
     assert len(tokenizer.merges) == n_merges
     draw = random.Random(0)
     texts = [random_text(draw, draw.randrange(40)) for _ in range(300)]
-    texts += ["", "\0", " \t\r\n \x1c\x85\u2028", "e\u0301\u202e", "👩‍👩‍👧 שלום", " leading", "end "]
+    texts += ["", " \t\r\n \x1c\x85\u2028", "e\u0301\u202e", "👩‍👩‍👧 שלום", " leading", "end "]
+    texts += ["<|endoftext|>", "[MASK]", "".join(map(chr, range(8)))]
     for text in texts:
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
@@ -71,7 +71,7 @@ def test_any_text_comes_back_as_it_was(n_merges):
 
 def test_without_merges_the_ids_are_the_bytes_behind_the_special_ones():
     assert Tokenizer().encode("aé") == [8 + 97, 8 + 0xc3, 8 + 0xa9]
-    assert Tokenizer().vocab_size == 8 + 256 and Tokenizer.train(TEXTS, 264).merges == []
+    assert Tokenizer().vocab_size == 8 + 256
 
 
 def test_the_example_of_wikipedia():
@@ -83,10 +83,7 @@ def test_the_example_of_wikipedia():
     assert Tokenizer.train(["aaabdaaabac"], 266).merges == [(A, A), (A, B)]  # no room for more
 
 
-@pytest.mark.parametrize("texts, size", [
-    (TEXTS, 1000), (TEXTS, 280), (["abab" * 9, "baba" * 7, "aab" * 5], 1000),
-    (random_words(1), 300),
-])
+@pytest.mark.parametrize("texts, size", [(TEXTS, 1000), (random_words(1), 300)])
 def test_training_agrees_with_counting_everything_anew_for_each_merge(texts, size):
     assert Tokenizer.train(texts, size).merges == slow_train(texts, size)
 
@@ -104,48 +101,25 @@ def test_encoding_applies_the_merges_in_the_order_they_were_learned():
         assert tokenizer.encode(text) == want  # from its cache
 
 
-@pytest.mark.parametrize("text", ["<|endoftext|>", "[MASK]", "".join(map(chr, range(8)))])
-def test_no_string_becomes_a_special_token(text):
-    tokenizer = Tokenizer.train(TEXTS, 300)
-    ids = tokenizer.encode(text)
-    assert min(ids) >= len(Tokenizer.SPECIAL) == 8 and tokenizer.decode(ids) == text
-
-
 def test_special_tokens_vanish_from_decoded_text_and_broken_bytes_are_marked():
     ids = [Tokenizer.BOS, A, Tokenizer.MASK, B, Tokenizer.EOS, Tokenizer.PAD, 999_999]
     assert Tokenizer().decode(ids) == "ab"
     assert Tokenizer().decode(torch.tensor([A, 8 + 0xc3])) == "a\ufffd"
+    assert Tokenizer().decode(Tokenizer().encode("a\ud83d")).startswith("a\ufffd")
 
 
 @pytest.mark.parametrize("text, length, want, n_valid", [
-    ("ab", 6, [1, A, B, 2, 0, 0], 4), ("abcd", 4, [1, A, B, 2], 4), ("", 4, [1, 2, 0, 0], 2),
-    ("abcd", 6, [1, A, B, C, D, 2], 6),
+    ("ab", 6, [1, A, B, 2, 0, 0], 4), ("abcd", 4, [1, A, B, 2], 4),
 ])
 def test_padding_is_marked_and_a_cut_keeps_the_end_token(text, length, want, n_valid):
-    assert (Tokenizer.PAD, Tokenizer.BOS, Tokenizer.EOS) == (0, 1, 2)
     tokens, valid = Tokenizer().pad(text, length)
     assert tokens.tolist() == want and tokens.dtype == np.int64
     assert valid.tolist() == [i < n_valid for i in range(length)]
 
 
-def test_half_a_surrogate_pair_is_encoded_and_read_back_as_damage():
-    tokenizer = Tokenizer.train(["a\ud83d b\ud83d"] * 2, 300)
-    assert tokenizer.decode(tokenizer.encode("a\ud83d")).startswith("a\ufffd")
-
-
-def test_a_saved_vocabulary_is_the_same_one(tmp_path):
-    tokenizer = Tokenizer.train(TEXTS, 320)
-    path = str(tmp_path / "vocab.json")
-    tokenizer.save(path)
-    for copy in (Tokenizer.load(path), Tokenizer.loads(tokenizer.dumps())):
-        assert copy.merges == tokenizer.merges
-        assert [copy.encode(t) for t in TEXTS] == [tokenizer.encode(t) for t in TEXTS]
-    assert os.listdir(tmp_path) == ["vocab.json"]
-
-
 @pytest.mark.parametrize("raw", [
-    b"{", b"[]", b'{"special": 7, "merges": []}', b'{"special": 8, "merges": [["a", "b"]]}',
-    b'{"special": 8, "merges": [[264, 105]]}', b'{"special": 8, "merges": [[-1, -2]]}',
+    b"{", b'{"special": 7, "merges": []}', b'{"special": 8, "merges": [["a", "b"]]}',
+    b'{"special": 8, "merges": [[264, 105]]}',
 ])
 def test_a_damaged_vocabulary_is_refused_in_one_line(tmp_path, raw):
     (tmp_path / "vocab.json").write_bytes(raw)
@@ -155,25 +129,20 @@ def test_a_damaged_vocabulary_is_refused_in_one_line(tmp_path, raw):
 
 # ---- the tokenizer of a run ----
 
-def index_of(folder, *shards):
-    """shards: lists of (name, bytes)"""
-    paths = []
-    for k, members in enumerate(shards):
-        paths.append(f"{folder}/{k}.tar")
-        with tarfile.open(paths[-1], "w") as tar:
-            for name, raw in members:
-                data.add(tar, name, raw)
-    return Index(paths)
+def index_of(folder, *members):
+    """members: (name, bytes)"""
+    with tarfile.open(f"{folder}/0.tar", "w") as tar:
+        for name, raw in members:
+            data.add(tar, name, raw)
+    return Index([f"{folder}/0.tar"])
 
 
-def test_a_vocabulary_is_trained_once_then_read_and_must_fit(tmp_path):
+def test_a_vocabulary_is_trained_on_captions_and_names_or_read_and_must_fit(tmp_path):
     captions = [f"caption {i}" for i in range(40)]
-    members = [(f"{i:02d}.txt", caption.encode()) for i, caption in enumerate(captions)]
+    index = index_of(tmp_path, *[(f"{i:02d}.txt", c.encode()) for i, c in enumerate(captions)])
     cfg = SimpleNamespace(out=str(tmp_path), vocab=None, vocab_size=270)
-    made = data.make_tokenizer(cfg, index_of(tmp_path, members), None)
-    assert made.merges == slow_train(captions, 270)
-    names = data.make_tokenizer(cfg, None, None, ["a cap", "cap on"])
-    assert names.merges == slow_train(["a cap", "cap on"], 270)
+    made = data.make_tokenizer(cfg, index, None, ["a cap"])
+    assert made.merges == slow_train([*captions, "a cap"], 270)
 
     made.save(str(tmp_path / "other.json"))
     cfg = SimpleNamespace(out="nowhere", vocab=str(tmp_path / "other.json"), vocab_size=270)
@@ -186,26 +155,9 @@ def test_a_vocabulary_is_trained_once_then_read_and_must_fit(tmp_path):
         data.make_tokenizer(cfg, None, None)
 
 
-def test_the_vocabulary_of_a_checkpoint_rules_and_another_one_is_refused(tmp_path):
-    tokenizer = Tokenizer.train(TEXTS, 280)
-    cfg = SimpleNamespace(out="nowhere", vocab=None, vocab_size=280)
-    assert data.make_tokenizer(cfg, None, tokenizer.dumps()).merges == tokenizer.merges
-    cfg.vocab = str(tmp_path / "vocab.json")
-    tokenizer.save(cfg.vocab)
-    assert data.make_tokenizer(cfg, None, tokenizer.dumps()).merges == tokenizer.merges
-    Tokenizer.train(TEXTS, 279).save(cfg.vocab)
-    with pytest.raises(UserError, match="vocab.json is not the vocabulary of the checkpoint"):
-        data.make_tokenizer(cfg, None, tokenizer.dumps())
-
-
 def test_the_texts_of_a_vocabulary_are_captions_and_sentences(tmp_path):
-    index = index_of(tmp_path, [
-        ("0.txt", b"one"), ("1.json", b'{"text_list": ["two", 3, "four"]}'), ("2.jpg", b"x"),
-        ("3.json", b'{"captions": ["five"]}'), ("4.json", b"{")])
+    index = index_of(
+        tmp_path, ("0.txt", b"one"), ("1.json", b'{"text_list": ["two", 3, "four"]}'),
+        ("2.jpg", b"x"), ("3.json", b'{"captions": ["five"]}'), ("4.json", b"{"))
     assert data.first_captions(index) == ["one", "two", "four", "five"]
     assert data.first_captions(index, limit=2) == ["one", "two", "four"]
-
-
-def test_shards_without_a_caption_are_an_error(tmp_path):
-    with pytest.raises(UserError, match="no caption in .*0.tar"):
-        data.first_captions(index_of(tmp_path, [("0.jpg", b"x"), ("1.jpg", b"x")]))
