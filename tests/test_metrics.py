@@ -373,6 +373,7 @@ def test_bleu_and_cider_equal_pycocoevalcap_on_the_published_example():
 def test_bleu_and_cider_by_hand():
     brevity = math.exp(1 - 6 / 4)
     assert bleu(["A b, (c) D."], [["a b c d e f"]])[0] == pytest.approx(brevity)
+    assert bleu([""], [["a b"]]) == [0] * 4
     assert cider(["a b c", "d e f"], [["a b c"], ["d e f"]]) == pytest.approx(7.5)
     assert cider(CAPTIONS[:1], REFERENCES[:1]) == 0  # one image: no n-gram is informative
 

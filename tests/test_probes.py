@@ -307,12 +307,12 @@ def judge(task, paths):
 
 
 def test_a_match_score_that_knows_better_reranks_on_any_number_of_ranks(tmp_path, run_on_ranks):
-    colors = [("red", "red"), ("green", "lime"), ("blue", "blue")]
-    samples = [(rgb, {"txt": f"a {name}"}) for name, rgb in colors]
+    texts = {"red": "a red\nthe red", "lime": "a green", "blue": "a blue"}
+    samples = [(color, {"txt": text}) for color, text in texts.items()]
     paths = [write_shard(tmp_path / "p/test-0.tar", samples)]
     recall = judge("retrieval", paths)
-    assert recall["i2t_r1"] == recall["t2i_r1"] == 2 / 3
-    assert recall["i2t_r1_chance"] == pytest.approx(1 / 3)
+    assert recall["i2t_r1"] == pytest.approx(2 / 3) and recall["t2i_r1"] == 3 / 4
+    assert recall["t2i_r1_chance"] == pytest.approx(1 / 3)
     assert recall["i2t_r1_itm"] == recall["t2i_r1_itm"] == 1
     assert run_on_ranks(4, judge, "retrieval", paths) == [recall] * 4
 
