@@ -188,6 +188,11 @@ def test_255_is_no_class_and_a_class_without_a_name_is_refused():
     assert "class 2 in the mask of key, but only 2 names" in refused(example, 2)
 
 
+def test_without_class_names_the_largest_class_of_a_mask_counts(few, tmp_path):
+    index = data.open_index(held_out(few))
+    assert evaluation.count_mask_classes(index, index, [f"{tmp_path}/test-0.tar"]) == 9
+
+
 # ---- boxes ----
 
 def test_patches_are_assigned_by_hand():
