@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import eval as evaluation
 from eval import accuracy, average_precision, bleu, cider, knn, mean_iou, recall_at_k, vqa_accuracy
@@ -83,7 +82,14 @@ def test_recall_by_hand():
     assert recall["t2i"] == pytest.approx({1: 4 / 7, 2: 5 / 7})
 
 
-@pytest.mark.parametrize("seed", range(4))
+def test_random_scores_find_one_of_the_own_texts_by_chance():
+    own = (2, 3, 2)  # texts of each image
+    expected = sum(1 - (6 / 7)**n for n in own) / 3
+    assert evaluation.chance_recall(OWNER, [1]) == {
+        "i2t": pytest.approx({1: expected}), "t2i": {1: 1 / 3}}
+
+
+@pytest.mark.parametrize("seed", range(2))
 def test_recall_agrees_with_sorting_when_texts_are_many_uneven_and_tied(seed):
     sim = coarse_scores(60, 25, seed=seed, levels=(3, 50)[seed % 2])
     owner = torch.randint(25, (60,), generator=generator(seed + 100))
@@ -92,24 +98,6 @@ def test_recall_agrees_with_sorting_when_texts_are_many_uneven_and_tied(seed):
     for k in (1, 5, 10):
         expected = recall_by_sorting(sim, owner, k)
         assert (recall["i2t"][k], recall["t2i"][k]) == pytest.approx(expected)
-
-
-def test_ranks_do_not_depend_on_the_chunks_they_are_computed_in():
-    scores = coarse_scores(5000, 1100, seed=3, levels=999)  # two chunks
-    target = torch.arange(5000) % 1100
-    alone = [evaluation.ranks(scores[i:i + 1], target[i:i + 1]) for i in range(0, 5000, 97)]
-    assert torch.equal(evaluation.ranks(scores, target)[::97], torch.cat(alone))
-
-
-def test_random_scores_have_the_chance_recall():
-    owner = torch.cat([torch.arange(12), torch.randint(12, (48,), generator=generator(0))])
-    chance = evaluation.chance_recall(owner, (1, 5))
-    recalls = []
-    for seed in range(400):
-        recalls.append(recall_at_k(torch.rand(60, 12, generator=generator(seed)), owner, (1, 5)))
-    for direction, k in itertools.product(("i2t", "t2i"), (1, 5)):
-        mean = np.mean([recall[direction][k] for recall in recalls])
-        assert chance[direction][k] == pytest.approx(mean, abs=0.02)
 
 
 def test_nan_similarities_are_never_found_not_even_when_k_covers_everything():
@@ -121,33 +109,10 @@ def test_nan_similarities_are_never_found_not_even_when_k_covers_everything():
     assert recall_at_k(two_texts, torch.tensor([0, 0]), [1])["i2t"][1] == 1
 
 
-def test_an_image_without_text_is_left_out_of_i2t_but_competes_in_t2i():
-    sim = torch.tensor([[.3, .9, .2], [.1, .2, .8]])
-    recall = recall_at_k(sim, torch.tensor([0, 2]), [1])
-    assert recall == {"i2t": {1: 1}, "t2i": {1: 0.5}}  # text 0 prefers image 1, which owns none
-
-
-class LargestTensor(TorchDispatchMode):
-    """Notes the size of the largest tensor with memory of its own that an operation returns."""
-
-    def __init__(self, given):
-        super().__init__()
-        self.given = given.untyped_storage().data_ptr()
-        self.largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() != self.given:
-                self.largest = max(self.largest, x.numel())
-        return out
-
-
-def test_nothing_as_large_as_the_similarities_is_ever_built():
-    sim = torch.zeros(5000, 2000)
-    with LargestTensor(sim) as memory:
-        recall_at_k(sim, torch.arange(5000) % 2000)
-    assert 0 < memory.largest <= 2**22 < sim.numel()
+def test_a_constant_model_finds_the_earliest_whatever_the_chunks():
+    recall = recall_at_k(torch.zeros(5000, 2000), torch.arange(5000) % 2000, [5])
+    # the first five images, by their three texts each; the first five texts likewise
+    assert recall == {"i2t": {5: 5 / 2000}, "t2i": {5: 3 * 5 / 5000}}
 
 
 # ---- nearest neighbors and prompts ----
@@ -194,7 +159,9 @@ GUESS = torch.tensor([[1, 2, 2, 3], [1, 3, 3, 2]])
 def test_mean_iou_by_hand_and_classes_that_are_nowhere_leave_the_mean():
     assert mean_iou(GUESS, LABEL, 4) == pytest.approx(5 / 9)
     assert mean_iou(GUESS, LABEL, 151) == pytest.approx(5 / 9)
-    assert mean_iou(GUESS - 1, LABEL - 1, 3, ignore=-1) == pytest.approx(5 / 9)
+    assert mean_iou(GUESS, 0 * LABEL, 4) is None  # nothing is labelled
+    with pytest.raises(ValueError, match="prediction 1 .. 3 is not in 0 .. 2"):
+        mean_iou(GUESS, LABEL.clamp(max=2), 3)
 
 
 def iou_by_pixels(predicted, target, classes, ignore):
@@ -213,22 +180,9 @@ def test_mean_iou_sums_the_whole_split_before_it_divides(ignore):
     target = torch.randint(6, (5, 7, 9), generator=generator(1))
     predicted = torch.randint(6, (5, 7, 9), generator=generator(2))
     expected = iou_by_pixels(predicted, target, 8, ignore)
-    assert mean_iou(predicted, target, 8, ignore) == pytest.approx(expected)
     assert mean_iou(list(predicted), list(target), 8, ignore) == pytest.approx(expected)
     alone = [mean_iou(p, t, 8, ignore) for p, t in zip(predicted, target)]
     assert expected != pytest.approx(np.mean(alone), abs=1e-4)
-
-
-def test_limits_of_mean_iou():
-    target = torch.tensor([1, 1, 1, 2, 2, 0])
-    assert mean_iou(target, target, 3) == 1
-    assert mean_iou(torch.ones(6).long(), target, 3) == pytest.approx(3 / 5 / 2)
-    assert mean_iou(target, torch.zeros(6).long(), 3) is None  # nothing is labelled
-
-
-def test_a_class_beyond_the_number_of_classes_is_an_error():
-    with pytest.raises(ValueError, match="prediction 1 .. 3 is not in 0 .. 2"):
-        mean_iou(GUESS, LABEL.clamp(max=2), 3)
 
 
 # ---- boxes ----
@@ -321,7 +275,7 @@ def random_boxes(rng, n, tied):
     return detections, truths
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_average_precision_agrees_with_slow_loops_on_random_boxes(seed):
     detections, truths = random_boxes(np.random.default_rng(seed), 25, tied=seed % 2)
     result = average_precision(detections, truths)
@@ -332,12 +286,10 @@ def test_average_precision_agrees_with_slow_loops_on_random_boxes(seed):
         assert result[name] == pytest.approx(np.mean([v for v in slow if v is not None])), name
 
 
-def test_limits_of_average_precision():
-    truths = [{**t, "iscrowd": 0} for t in random_boxes(np.random.default_rng(9), 40, False)[1]]
-    perfect = [{**t, "score": 1.0} for t in truths]
-    assert average_precision(perfect, truths)["AP"] == pytest.approx(1)
-    assert average_precision([], truths)["AP"] == 0
-    assert average_precision(perfect, []) == {"AP": None, "AP50": None, "AP75": None}
+def test_nothing_found_is_0_and_nothing_to_find_is_none():
+    truth = [box(0, 0, [0, 0, 10, 10])]
+    assert average_precision([], truth)["AP"] == 0
+    assert average_precision([{**truth[0], "score": 1.0}], [])["AP"] is None
 
 
 def test_of_equal_overlaps_a_detection_takes_the_last_truth():
@@ -388,7 +340,7 @@ def test_where_all_humans_agree_answers_are_compared_as_they_are():
     assert vqa_accuracy("cat", ["dog"]) == 0
 
 
-@pytest.mark.parametrize("answer", ["red", "Red.", "2", "cat", "dog"])
+@pytest.mark.parametrize("answer", ["Red.", "2"])
 def test_vqa_accuracy_is_the_mean_over_leaving_each_human_out(answer):
     answers = np.random.default_rng(0).choice(["red", "blue", "two", "the cat"], 10).tolist()
     normal = [evaluation.normalize_answer(a) for a in answers]
@@ -420,7 +372,8 @@ def test_bleu_and_cider_equal_pycocoevalcap_on_the_published_example():
 
 def test_bleu_and_cider_by_hand():
     brevity = math.exp(1 - 6 / 4)
-    assert bleu(["a b c d"], [["a b c d e f"]])[0] == pytest.approx(brevity)
+    assert bleu(["A b, (c) D."], [["a b c d e f"]])[0] == pytest.approx(brevity)
+    assert bleu([""], [["a b"]]) == [0] * 4
     assert cider(["a b c", "d e f"], [["a b c"], ["d e f"]]) == pytest.approx(7.5)
     assert cider(CAPTIONS[:1], REFERENCES[:1]) == 0  # one image: no n-gram is informative
 
@@ -481,13 +434,9 @@ def random_sentences(rng, images, min_words):
     return captions, references
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(2))
 def test_bleu_and_cider_agree_with_slow_loops_on_random_sentences(seed):
     captions, references = random_sentences(np.random.default_rng(seed), 8, min_words=0)
     slow = [slow_bleu(captions, references, n) for n in (1, 2, 3, 4)]
     assert bleu(captions, references) == pytest.approx(slow, rel=1e-9)
     assert cider(captions, references) == pytest.approx(slow_cider(captions, references), rel=1e-9)
-
-
-def test_words_are_lower_case_without_punctuation():
-    assert evaluation.words('A t-shirt, "RED"...') == ["a", "t-shirt", "red"]
