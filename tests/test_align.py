@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import align
-import common
 import data
 from align import ALIGN, Lamb, contrastive_loss
 from conftest import tiny_config
@@ -18,11 +17,10 @@ from conftest import tiny_config
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def unit_pairs(n, dim=5, seed=0):
+def unit_pairs(n):
     """Two sets of n unit vectors in float64 that need gradients."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(2, n, dim, generator=generator, dtype=torch.float64)
-    image, text = F.normalize(x, dim=2)
+    generator = torch.Generator().manual_seed(0)
+    image, text = F.normalize(torch.randn(2, n, 5, generator=generator).double(), dim=2)
     return image.requires_grad_(), text.requires_grad_()
 
 
@@ -42,11 +40,9 @@ def by_definition(image, text, temperature, smoothing):
 
 # ---- loss ----
 
-@pytest.mark.parametrize("n", [1, 7])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("chunk", [0, 3])
-def test_loss_and_gradients_equal_the_definition(n, smoothing, chunk):
-    image, text = unit_pairs(n)
+@pytest.mark.parametrize("smoothing,chunk", [(0.0, 0), (0.1, 3)])
+def test_loss_and_gradients_equal_the_definition(smoothing, chunk):
+    image, text = unit_pairs(7)
     t = temperature(0.3)
     ours = contrastive_loss(image, text, t, smoothing, chunk)
     theirs = by_definition(image, text, t, smoothing)
@@ -63,14 +59,6 @@ def test_two_orthogonal_pairs_by_hand():
     assert loss.item() == pytest.approx(2 * 0.31326, abs=1e-4)
 
 
-def test_collapsed_embeddings_and_infinite_temperature_give_two_ln_n():
-    image, text = unit_pairs(64)
-    same = image[:1].expand(64, -1)
-    floor = 2 * math.log(64)
-    assert contrastive_loss(same, same, temperature(0.07), 0.1).item() == pytest.approx(floor)
-    assert contrastive_loss(image, text, temperature(1e9), 0.1).item() == pytest.approx(floor)
-
-
 def test_floor_under_smoothing_is_reached_at_the_margin_of_the_targets():
     n = 64
     smoothing = 0.1
@@ -83,26 +71,6 @@ def test_floor_under_smoothing_is_reached_at_the_margin_of_the_targets():
     assert margin == pytest.approx(6.36, abs=5e-3)
     assert loss_at(margin) == pytest.approx(2 * 0.7295, abs=1e-4)
     assert loss_at(0.9 * margin) > loss_at(margin) < loss_at(1.1 * margin)
-
-
-def test_loss_is_symmetric_and_blind_to_order_and_rotation():
-    image, text = unit_pairs(9)
-    t = temperature(0.2)
-    loss = contrastive_loss(image, text, t, 0.1).item()
-    order = torch.randperm(9)
-    rotation = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64))[0]
-    assert contrastive_loss(text, image, t, 0.1).item() == pytest.approx(loss)
-    assert contrastive_loss(image[order], text[order], t, 0.1).item() == pytest.approx(loss)
-    rotated = contrastive_loss(image @ rotation, text @ rotation, t, 0.1)
-    assert rotated.item() == pytest.approx(loss)
-
-
-def test_gradient_is_orthogonal_to_the_raw_embedding():
-    raw = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
-    _, text = unit_pairs(6)
-    loss = contrastive_loss(common.l2_normalize(raw), text, temperature(0.1))
-    grad = torch.autograd.grad(loss, raw)[0]
-    assert (grad * raw).sum(1).abs().max() < 1e-12
 
 
 # ---- LAMB ----
@@ -141,15 +109,6 @@ def test_lamb_equals_the_algorithm_on_lists_over_four_steps():
     assert ours.flatten().tolist() == pytest.approx(theirs, rel=1e-12)
 
 
-def test_a_matrix_moves_by_lr_times_its_norm_whatever_the_gradient_scale():
-    w = torch.randn(4, 4, dtype=torch.float64)
-    grads = torch.randn(1, 4, 4, dtype=torch.float64)
-    grads += 0.1 * grads.sign()  # beside smaller ones eps would show
-    for scale in (1.0, 1e3):
-        moved = run_lamb(w, grads * scale, lr=0.02) - w
-        assert (moved.norm() / w.norm()).item() == pytest.approx(0.02, rel=1e-9)
-
-
 def test_vectors_get_adam_steps_without_decay():
     w = torch.randn(5, dtype=torch.float64)
     grads = torch.randn(3, 5, dtype=torch.float64)
@@ -177,9 +136,9 @@ def test_temperature_is_adapted_not_decayed_and_stays_positive():
     assert hostile.item() == pytest.approx(0.999**1000, rel=1e-6)
 
 
-@pytest.mark.parametrize("step,share", [(0, 0.1), (9, 1.0), (10, 1.0), (55, 0.5), (99, 1 / 90)])
-def test_the_rate_rises_over_the_warmup_and_falls_linearly(step, share):
-    assert align.linear_lr(step, 100, 10, 2.0) == pytest.approx(2.0 * share)
+def test_the_rate_rises_over_the_warmup_and_falls_linearly():
+    for step, share in [(0, 0.1), (9, 1.0), (10, 1.0), (55, 0.5), (99, 1 / 90)]:
+        assert align.linear_lr(step, 100, 10, 2.0) == pytest.approx(2.0 * share)
 
 
 # ---- model ----
@@ -193,15 +152,6 @@ def cfg(toy_data, tmp_path):
 def model(cfg):
     torch.manual_seed(0)
     return ALIGN(cfg).double()
-
-
-def test_text_embedding_sees_all_tokens_and_no_padding(model):
-    tokens = torch.randint(8, 300, (3, 9))
-    valid = torch.arange(9) < torch.tensor([[9], [6], [4]])
-    embeds = model.encode_text(tokens, valid)
-    torch.testing.assert_close(model.encode_text(tokens.where(valid, 17), valid), embeds)
-    tokens[:, 3] += 1
-    assert (model.encode_text(tokens, valid) - embeds).abs().amax(1).min() > 1e-4
 
 
 def test_image_embedding_is_the_normalized_mean_patch(model):

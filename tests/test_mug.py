@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 import common
 import mug
-from common import UserError, ViT
+from common import UserError
 from conftest import assert_same_gradients, gradients, run, tiny_config
 from data import Tokenizer
 
@@ -62,55 +62,36 @@ def visible_patches(model, noise):
     return smaller < model.n_keep
 
 
-def record_outputs(module):
-    """A list that gets every output of the module."""
-    outputs = []
-
-    def hook(module, args, output):
-        outputs.append(output)
-
-    module.register_forward_hook(hook)
-    return outputs
-
-
 # ---- patches, masks ----
 
-@pytest.mark.parametrize("ratio, kept", [(0.75, 49), (0.7, 58), (0.9, 19)])
-def test_the_kept_number_is_rounded_down_as_in_mae(ratio, kept):
-    cfg = config(image_size=224, patch=16, mask_ratio=ratio, depth=1)
-    assert mug.MUG(cfg).n_keep == kept
-
-
-def test_without_masking_the_shuffled_encoder_is_the_plain_vit():
-    model = build(mask_ratio=0.0, recon_weight=0.0)
-    vit = ViT(32, 8, 16, 2, 2).double()
-    vit.load_state_dict(model.vision.state_dict())  # nothing is missing, nothing left over
-    _, noise, tokens, valid = make_batch()
-    images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
-    latents = record_outputs(model.vision)
-    model(images, noise, tokens, valid)
-    plain = vit(images)
-    in_order = noise.argsort(1).argsort(1)[..., None].expand(-1, -1, 16)
-    patches = latents[0][:, 1:]
-    torch.testing.assert_close(latents[0][:, 0], plain[:, 0])
-    torch.testing.assert_close(patches.gather(1, in_order), plain[:, 1:])
-    assert (patches - plain[:, 1:]).abs().max() > 0.01
-    pooled = F.normalize(plain[:, 1:].mean(1), dim=1)
-    torch.testing.assert_close(model.encode_image(images), pooled)
+def test_the_kept_number_is_rounded_down_as_in_mae():
+    cfg = config(image_size=224, patch=16, mask_ratio=0.7, depth=1)
+    assert mug.MUG(cfg).n_keep == 58  # of 58.8
 
 
 def test_one_encoder_pass_over_the_visible_tokens_serves_both_losses():
     model = build()
-    outputs = record_outputs(model.vision.blocks[0])
+    shapes = []
+
+    def record(module, args, output):
+        shapes.append(tuple(output.shape))
+
+    model.vision.blocks[0].register_forward_hook(record)
     model(*make_batch())
-    assert [tuple(x.shape) for x in outputs] == [(3, 1 + 4, 16)]
+    assert shapes == [(3, 1 + 4, 16)]
+
+
+def test_an_image_is_embedded_by_its_normalized_mean_patch():
+    model = build()
+    images, *_ = make_batch()
+    expected = F.normalize(model.vision(images)[:, 1:].mean(1), dim=1)
+    torch.testing.assert_close(model.encode_image(images), expected)
 
 
 # ---- pixels ----
 
 def mae_loss(model, images, noise):
     """MAE's loss of each image, for one image at a time and with patches in their order."""
-    vision = model.vision
     decoder = model.pixel_decoder
     mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
     std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
@@ -119,13 +100,7 @@ def mae_loss(model, images, noise):
         image = (image / 255.0 - mean).double() / std
         patches = image.unfold(1, 8, 8).unfold(2, 8, 8).permute(1, 2, 0, 3, 4).reshape(N, -1)
 
-        weight = vision.patch_embed.proj.weight.flatten(1)
-        x = patches @ weight.T + vision.patch_embed.proj.bias + vision.pos_embed[0, 1:]
-        x = torch.cat([vision.cls_token[0], x[visible]])[None]
-        for block in vision.blocks:
-            x = block(x)
-        latent = decoder.embed(vision.norm(x))[0]
-
+        latent = decoder.embed(model.vision(image[None], visible.nonzero().T))[0]
         x = decoder.mask_token[0].repeat(N, 1)
         x[visible] = latent[1:]
         x = torch.cat([latent[:1], x + decoder.positions])[None]
@@ -166,13 +141,12 @@ def test_removed_pixels_are_a_target_and_nothing_else(monkeypatch):
         assert grad[~visible].eq(0).all() and grad[visible].ne(0).any(1).all()
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-def test_a_prediction_of_zero_costs_the_variance_of_normalized_pixels(bf16):
+def test_a_prediction_of_zero_costs_the_variance_of_normalized_pixels_also_in_bfloat16():
     """Their unbiased variance is 1, so their mean square is (P - 1) / P with P = 192."""
     model = mug.MUG(config(cap_weight=0.0))
     for p in model.pixel_decoder.pred.parameters():
         p.data.zero_()
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+    with torch.autocast("cpu", torch.bfloat16):
         pixel_loss, _ = model(*make_batch())
     assert pixel_loss.dtype == torch.float32
     assert pixel_loss.tolist() == pytest.approx([191 / 192] * 3, abs=1e-4)
@@ -198,9 +172,11 @@ def test_a_perfect_prediction_pasted_back_is_the_image(monkeypatch):
         return target
 
     monkeypatch.setattr(model.pixel_decoder, "forward", perfect)
-    whole, _, reconstructed = model.reconstruct(images, noise)
+    whole, masked, reconstructed = model.reconstruct(images, noise)
     torch.testing.assert_close(whole, images.double() / 255, rtol=0, atol=1e-7)
     torch.testing.assert_close(reconstructed, whole)
+    changed = model.vision.patchify(masked - whole).abs().amax(2) > 0.01
+    assert torch.equal(changed, ~visible_patches(model, noise))
 
 
 # ---- captions ----
@@ -245,16 +221,6 @@ def test_loss_and_score_are_of_each_token_after_those_before_it(captioner):
             log_probs.append(logits.log_softmax(0)[caption[t]].item())
         assert caption_loss[row].item() == pytest.approx(-sum(log_probs))
         assert score[row].item() == pytest.approx(sum(log_probs) / len(log_probs))
-
-
-def test_a_caption_depends_on_the_image_but_not_on_the_order_of_its_tokens(captioner):
-    images, _, tokens, _ = make_batch(vocab_size=12)
-    latent = captioner.vision(images)
-    logits = captioner.caption_decoder(tokens, latent)
-    shuffled = latent[:, torch.randperm(1 + N)]
-    torch.testing.assert_close(captioner.caption_decoder(tokens, shuffled), logits)
-    other_image = captioner.caption_decoder(tokens, latent.roll(1, 0))
-    assert (other_image - logits).abs().amax((1, 2)).min() > 1e-6
 
 
 def greedy_caption(model, image, length):
@@ -315,10 +281,7 @@ def test_the_logged_loss_is_weighted_and_the_rate_is_scaled_by_the_batch(toy_dat
     log, _, _ = run(mug.main, cfg)
     for row in log:
         assert row["loss"] == pytest.approx(2 * row["pixels"] + 0.5 * row["caption"], rel=1e-5)
-    rates = [row["lr"] for row in log]
-    max_lr = 0.1 * 16 / 256
-    assert rates[:3] == pytest.approx([max_lr / 2, max_lr, max_lr])
-    assert max(rates) == pytest.approx(max_lr)
+    assert max(row["lr"] for row in log) == pytest.approx(0.1 * 16 / 256)
     assert log[-1]["caption"] < log[0]["caption"] - 0.5
 
 

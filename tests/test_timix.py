@@ -129,43 +129,24 @@ def mix_by_loops(images, scores, s, group):
     return mixed
 
 
-@pytest.mark.parametrize("n,patch,s,rows,group,ties", [
-    (8, 2, 3, 8, 4, False), (8, 1, 6, 6, 6, False), (5, 3, 1, 8, 2, True), (6, 1, 6, 4, 2, False)])
-def test_windows_are_chosen_and_pasted_as_by_loops(n, patch, s, rows, group, ties):
-    images = make_images(rows, n * patch)
-    scores = torch.randn(rows, n * n, generator=seeded(), dtype=torch.float64)
-    scores = scores.round() if ties else scores
-    before = images.clone()
-    mixed, lam = text_aware_mix(images, scores, s, group)
-    assert torch.equal(mixed, mix_by_loops(images, scores, s, group))
-    assert torch.equal(images, before) and mixed.dtype == torch.uint8
-    assert lam == 1 - s * s / n**2
-
-
-@pytest.mark.parametrize("n,smallest,largest", [(16, 5, 12), (14, 4, 10), (6, 2, 4), (1, 1, 1)])
-def test_window_sides_are_uniform_between_their_bounds(n, smallest, largest):
+def test_window_sides_are_uniform_between_their_bounds():
     g = seeded()
-    sides = Counter(timix.window_side(n, 0.35, 0.75, g) for _ in range(2000))
-    assert set(sides) == set(range(smallest, largest + 1))
-    mean = 2000 / len(sides)
-    assert all(abs(count - mean) < 5 * math.sqrt(mean) for count in sides.values())
-    if n == 16:  # mean share of a pasted window
-        pasted = sum(count * s * s for s, count in sides.items()) / 2000 / 256
-        assert pasted == pytest.approx(0.3027, abs=0.015)
+    sides = Counter(timix.window_side(16, 0.35, 0.75, g) for _ in range(2000))
+    assert set(sides) == set(range(5, 13))
+    pasted = sum(count * s * s for s, count in sides.items()) / 2000 / 256
+    assert pasted == pytest.approx(0.3027, abs=0.015)  # the specification's mean share
+    assert timix.window_side(1, 0.35, 0.75, g) == 1
 
 
 def test_cutmix_pastes_one_box_at_the_same_place_and_counts_its_pixels():
     images = torch.arange(4, dtype=torch.uint8)[:, None, None, None].expand(4, 3, 16, 16)
-    others = images[[1, 0, 3, 2]]
     g = seeded()
     shares = []
     for _ in range(1500):
         mixed, lam = timix.cutmix(images, 2, g)
         box = (mixed != images)[0, 0]
-        height = box.any(1).sum()
-        width = box.any(0).sum()
-        assert box.sum() == height * width
-        assert torch.equal(mixed, torch.where(box, others, images))
+        assert box.sum() == box.any(1).sum() * box.any(0).sum()
+        assert torch.equal(mixed, torch.where(box, images[[1, 0, 3, 2]], images))
         shares.append(box.double().mean().item())
         assert lam == pytest.approx(1 - shares[-1])
     # area a = 1 - lambda, uniform center: a clipped side is 2h - h^2 with h = sqrt(a) / 2 on
@@ -181,22 +162,19 @@ def mixing_matrix(lam, size=16):
     return lam * eye + (1 - lam) * eye[PARTNER[:size]]
 
 
-S16 = 3 * torch.randn(16, 16, generator=seeded(3), dtype=torch.float64)
-
-
 def loss_with_lambda(lam, logits):
     M = mixing_matrix(lam, len(logits))
     return timix.itc_loss((logits, logits.T), (M, M))
 
 
-@pytest.mark.parametrize("lam", [0.4375, 0.75, 0.9023])
-def test_mixing_is_infonce_plus_a_penalty_on_the_margin(lam):
+def test_mixing_is_infonce_plus_a_penalty_on_the_margin():
+    S = 3 * torch.randn(16, 16, generator=seeded(3), dtype=torch.float64)
     losses = []
-    for logits in (S16, S16.T):
+    for logits in (S, S.T):
         for i, j in enumerate(PARTNER):
             infonce = -logits[i].log_softmax(0)[i]
-            losses.append(infonce + (1 - lam) * (logits[i, i] - logits[i, j]))
-    assert loss_with_lambda(lam, S16).item() == close(sum(losses).item() / 32)
+            losses.append(infonce + 0.25 * (logits[i, i] - logits[i, j]))
+    assert loss_with_lambda(0.75, S).item() == close(sum(losses).item() / 32)
 
 
 def test_the_mixed_loss_is_least_at_a_finite_margin_and_there_the_entropy_of_lambda():
@@ -221,34 +199,11 @@ def test_the_worked_numbers_of_the_specification():
     assert as_released.item() == pytest.approx((0.6977 + 0.7222) / 2, abs=5e-5)
 
 
-# ---- draws ----
-
-def test_negatives_are_of_other_pairs_of_the_group_as_often_as_the_model_confuses_them():
-    n, group = 4000, 5
-    one_image, one_text = F.normalize(torch.randn(2, group, 4, generator=seeded(2)), dim=2)
-    noise = torch.rand(n * group, 2, group, generator=seeded(3))
-    drawn = timix.hard_negatives(one_image.repeat(n, 1), one_text.repeat(n, 1), 0.5, noise, group)
-    rows = torch.arange(n * group)
-    other = ~torch.eye(group, dtype=torch.bool)
-    for negative, logits in zip(drawn, (one_image @ one_text.T, one_text @ one_image.T)):
-        assert torch.equal(negative // group, rows // group) and (negative != rows).all()
-        counts = F.one_hot(negative % group, group).view(n, group, group).sum(0)[other]
-        expected = n * (logits / 0.5).masked_fill(~other, -math.inf).softmax(1)[other]
-        chi2 = ((counts - expected) ** 2 / expected).sum()
-        assert chi2 < 15 + 5 * math.sqrt(2 * 15)  # 5 rows of 3 degrees of freedom
-        assert expected.max() > 4 * expected.min()
-
-
 def test_words_are_masked_at_their_rates_and_predicted_as_they_were():
-    n, length, vocab = 6000, 20, 500
-    lengths = torch.randint(8, 21, (n, 1), generator=seeded())
-    valid = torch.arange(length) < lengths
-    tokens = torch.randint(8, vocab, (n, length), generator=seeded(1))
-    tokens[:, 0] = Tokenizer.BOS
-    tokens = tokens.scatter(1, lengths - 1, Tokenizer.EOS).where(valid, Tokenizer.PAD)
-    noise = torch.rand(n, 3, length, generator=seeded(2))
-    result, position, labels = timix.mask_tokens(tokens, valid, noise, 0.15, vocab)
-    masked = torch.zeros(n, length, dtype=torch.bool).scatter(1, position, labels >= 0)
+    tokens, valid = make_texts(20, 12_000)
+    noise = torch.rand(12_000, 3, 20, generator=seeded(2))
+    result, position, labels = timix.mask_tokens(tokens, valid, noise, 0.15, 500)
+    masked = torch.zeros_like(valid).scatter(1, position, labels >= 0)
     assert torch.equal(tokens.gather(1, position).where(labels >= 0, -1), labels)
     assert torch.equal(result[~masked], tokens[~masked])
     assert not masked[:, 0].any() and not (masked & ~valid).any()
@@ -259,7 +214,7 @@ def test_words_are_masked_at_their_rates_and_predicted_as_they_were():
     assert masked.sum() / valid[:, 1:].sum() == pytest.approx(0.15, abs=0.01)
     assert is_mask.double().mean().item() == pytest.approx(0.8, abs=0.02)
     assert same.double().mean().item() == pytest.approx(0.1, abs=0.02)
-    assert random_words.min() >= 8 and random_words.max() < vocab  # never a special token
+    assert random_words.min() >= 8 and random_words.max() < 500  # never a special token
     assert random_words.double().mean().item() == pytest.approx(253.5, abs=20)
 
 
@@ -335,8 +290,13 @@ class Reference:
         return sum(losses) / len(losses)
 
     def predict(self, image, states):
-        middle = self.model.vision.blocks_until(image[None], self.model.middle)
-        return self.model.predictor(middle[:, 1:], states[:, 0])[0]
+        """The patch predictor: each patch beside the mean patch and the text."""
+        predictor = self.model.predictor
+        middle = self.model.vision.blocks_until(image[None], self.model.middle)[0, 1:]
+        halves = F.gelu(predictor.embed(predictor.norm(middle)))
+        mean = halves[:, 8:].mean(0)
+        rows = [predictor.head(torch.cat([x[:8], mean, states[0, 0]])) for x in halves]
+        return torch.stack(rows).log_softmax(1)
 
     def pta(self):
         losses = []
@@ -361,7 +321,7 @@ class Reference:
         return (image_loss + text_loss) / 2
 
 
-@pytest.mark.parametrize("progress", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("progress", [0.0, 0.5])
 def test_all_terms_and_their_weighted_sum_are_those_of_a_reference_row_by_row(progress):
     model = make_model()
     weights = dict(w_itc=0.7, w_itm=2.0, w_mlm=0.5, w_pta=0.3, w_mix=1.5)
@@ -414,18 +374,16 @@ def test_without_boxes_patches_are_scored_by_their_cosine_with_the_text():
 
 def test_the_teacher_starts_as_the_student_and_forgets_at_the_rate_of_its_momentum():
     model = TiMix(config()).double()
-    student = dict(model.named_parameters())
-    start = {name: p.clone() for name, p in model.teacher.named_parameters()}
-    for name, p in start.items():
-        assert torch.equal(p, student[name]) and not p.requires_grad
-        student[name].data += 1
+    start = {name: p.clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.data += p.requires_grad  # the student moves by 1
     for _ in range(7):
         model.update_ema(0.9)
     for name, p in model.teacher.named_parameters():
         torch.testing.assert_close(p, start[name] + 1 - 0.9**7, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("before,after", [(-3.0, 0.001), (0.07, 0.07), (7.0, 0.5)])
+@pytest.mark.parametrize("before,after", [(-3.0, 0.001), (7.0, 0.5)])
 def test_temperature_is_held_between_its_bounds(before, after):
     model = TiMix(config(temperature=before))
     model.clamp_temperature()
@@ -436,28 +394,10 @@ def test_the_predictor_has_the_published_size():
     assert sum(p.numel() for p in timix.PatchPredictor(768, 768).parameters()) == 1_256_642
 
 
-def test_the_predictor_joins_each_patch_with_the_mean_patch_and_the_text():
-    predictor = make_model().predictor
-    h = torch.randn(3, 9, 16, generator=seeded(), dtype=torch.float64)
-    text = torch.randn(3, 16, generator=seeded(1), dtype=torch.float64)
-    a = F.gelu(predictor.embed(F.layer_norm(h, [16], predictor.norm.weight, predictor.norm.bias,
-                                            1e-6)))
-    log_probs = predictor(h, text)
-    for b in range(3):
-        mean = a[b, :, 8:].mean(0)
-        for n in range(9):
-            logits = predictor.head(torch.cat([a[b, n, :8], mean, text[b]]))
-            torch.testing.assert_close(log_probs[b, n], logits.log_softmax(0))
-    predictor.head[0].weight.data[:, 16:] = 0  # without the columns of the text it is text-blind
-    assert torch.equal(predictor(h, text), predictor(h, text.roll(1, 0)))
-
-
-def test_pta_is_the_cross_entropy_of_the_patches_of_used_texts():
+def test_recall_and_precision_are_of_the_patches_of_used_texts():
     log_probs = torch.randn(5, 3, 9, 2, generator=seeded(), dtype=torch.float64).log_softmax(3)
     patches = torch.rand(5, 3, 9, generator=seeded(1)) < 0.4
     used = torch.rand(5, 3, generator=seeded(2)) < 0.6
-    expected = F.cross_entropy(log_probs[used].flatten(0, 1), patches[used].flatten().long())
-    assert timix.pta_loss(log_probs, patches, used).item() == close(expected.item())
     metrics = values(timix.recall_and_precision(log_probs, patches, used))
     predicted = log_probs[used].argmax(2) == 1
     hits = (predicted & patches[used]).sum().item()
@@ -475,20 +415,16 @@ def test_held_out_images_are_squashed_to_the_square():
 
 def test_retrieval_is_reranked_by_logit_1_of_the_matching_head():
     model = make_model()
-    batch = make_batch()
-    tokens = batch["tokens"]
-    valid = batch["valid"]
-    score = model.match_score(model.vision(batch["images"]), tokens, valid)
-    fused = model.fused(batch["images"], tokens, valid)
-    torch.testing.assert_close(score, model.itm_head(fused)[:, 1])
+    images, tokens, valid, *_ = make_batch().values()
+    score = model.match_score(model.vision(images), tokens, valid)
+    expected = model.itm_head(model.fused(images, tokens, valid))[:, 1]
+    torch.testing.assert_close(score, expected)
 
 
 # ---- rows ----
 
 @pytest.mark.parametrize("box,size,grid,rows,columns", [
     ((8, 4, 24, 8), (32, 32), 8, slice(1, 2), slice(2, 6)),
-    ((5, 5, 6, 6), (32, 32), 8, slice(1, 2), slice(1, 2)),
-    ((40, 10, 41, 20), (100, 20), 4, slice(2, 4), slice(1, 2)),
     ((25, 0, 25, 20), (100, 20), 4, slice(0, 4), slice(1, 2)),
 ])
 def test_a_box_marks_every_patch_it_touches_and_at_least_one(box, size, grid, rows, columns):
@@ -497,37 +433,31 @@ def test_a_box_marks_every_patch_it_touches_and_at_least_one(box, size, grid, ro
     assert np.array_equal(timix.box_patches(box, size, grid), expected)
 
 
-def region_row(monkeypatch, sample, seed):
-    """A row of region_example, with the crop (x, y, w, h) and the flip that it drew."""
-    drawn = []
-    view = timix.training_view
-
-    def record(image, box, flip, *args):
-        drawn.append((box, flip))
-        return view(image, box, flip, *args)
-
-    with monkeypatch.context() as m:
-        m.setattr(timix, "training_view", record)
-        cfg = config(texts_per_region=4, caption_as_region=True, region_context=16, flip=True)
-        row = timix.region_example(sample, np.random.default_rng(seed), cfg, Tokenizer())
-    return row, *drawn[0]
-
-
-def visible_share(box, crop):
-    """How much of a box is in a crop, pixel by pixel."""
-    in_box = np.zeros((64, 96), bool)
-    in_box[box["y"]:box["y"] + box["h"], box["x"]:box["x"] + box["w"]] = True
-    x, y, w, h = crop
-    return in_box[y:y + h, x:x + w].sum() / in_box.sum()
-
-
 def test_region_images_show_a_whole_box_and_the_texts_of_boxes_that_are_mostly_inside(monkeypatch):
+    crops = []
+    crop_around = timix.crop_around
+
+    def record(*args):
+        crops.append(crop_around(*args))
+        return crops[-1]
+
+    def augment(image, rng, operations):
+        assert operations == timix.PHOTOMETRIC  # the others would move the pixels of the boxes
+        return image
+
+    monkeypatch.setattr(timix, "crop_around", record)
+    monkeypatch.setattr(timix, "rand_augment", augment)
+    cfg = config(texts_per_region=4, caption_as_region=True, region_context=16, flip=True,
+                 augment=True)
     sample = painted_sample(caption="all of it")
-    flips = 0
     for seed in range(40):
-        row, crop, flip = region_row(monkeypatch, sample, seed)
-        flips += flip
-        shares = {box["text"]: visible_share(box, crop) for box in BOXES}
+        row = timix.region_example(sample, np.random.default_rng(seed), cfg, Tokenizer())
+        x, y, w, h = crops[-1]
+        shares = {}  # of each box in the crop, pixel by pixel
+        for box in BOXES:
+            in_box = np.zeros((64, 96), bool)
+            in_box[box["y"]:box["y"] + box["h"], box["x"]:box["x"] + box["w"]] = True
+            shares[box["text"]] = in_box[y:y + h, x:x + w].sum() / in_box.sum()
         assert max(shares.values()) == 1
         n_used = row["region_used"].sum()
         texts = [Tokenizer().decode(tokens) for tokens in row["region_tokens"]]
@@ -538,84 +468,19 @@ def test_region_images_show_a_whole_box_and_the_texts_of_boxes_that_are_mostly_i
             off = np.abs(row["region_images"].astype(int) - np.reshape(RGB[text], (3, 1, 1)))
             colored = (off.max(0) < 60).reshape(4, 8, 4, 8).any((1, 3)).ravel()
             assert colored.any() and not colored[~marked].any()
-    assert 10 < flips < 30
 
 
 # ---- augmentation ----
 
-def gradient_image(size=40):
-    """A ramp in x, a ramp in y, their sum; far from 0 and 255."""
-    y, x = np.mgrid[:size, :size]
-    return Image.fromarray(np.stack([60 + 2 * x, 60 + 2 * y, 60 + x + y], 2).astype(np.uint8))
-
-
-def source_of(operation, x, y, sign):
-    """Where in the image a pixel comes from, of the operations that move pixels."""
-    if operation == "translate_x":
-        return x + 7 * sign, y
-    if operation == "translate_y":
-        return x, y + 7 * sign
-    if operation == "shear_x":
-        return x + 0.21 * sign * (y + 0.5), y
-    if operation == "shear_y":
-        return x, y + 0.21 * sign * (x + 0.5)
-    angle = math.radians(21 * sign)
-    x = x - 19.5
-    y = y - 19.5
-    return (19.5 + math.cos(angle) * x - math.sin(angle) * y,
-            19.5 + math.sin(angle) * x + math.cos(angle) * y)
-
-
-@pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("operation", timix.GEOMETRIC)
-def test_geometric_operations_move_pixels_as_released(operation, sign):
-    result = np.asarray(timix.distort(gradient_image(), operation, sign)).astype(float)
-    expected = np.full((40, 40, 3), 128.0)  # gray where nothing comes
-    for y in range(40):
-        for x in range(40):
-            u, v = source_of(operation, x, y, sign)
-            if 0 <= u <= 39 and 0 <= v <= 39:
-                expected[y, x] = 60 + 2 * u, 60 + 2 * v, 60 + u + v
-    off = np.abs(result - expected).max(2)
-    assert (off <= 2).mean() > 0.93  # but for the border between image and gray
-    assert 0.02 < (expected == 128).all(2).mean() < 0.5
-
-
-def test_brightness_is_always_raised_by_1_36():
-    for sign in (1, -1):
-        brighter = np.asarray(timix.distort(gradient_image(), "brightness", sign)).astype(float)
-        assert np.abs(brighter - 1.36 * np.asarray(gradient_image())).max() <= 1
-
-
-def test_two_of_ten_operations_are_drawn_and_each_applied_half_of_the_time(monkeypatch):
-    applied = []
-
-    def record(image, operation, sign):
-        applied.append((operation, sign))
-        return image
-
-    monkeypatch.setattr(timix, "distort", record)
-    rng = np.random.default_rng(0)
-    for _ in range(2000):
-        timix.rand_augment(None, rng, timix.PHOTOMETRIC + timix.GEOMETRIC)
-    counts = Counter(applied)
-    assert len(counts) == 20  # with both signs
-    assert [n / 2000 for n in counts.values()] == pytest.approx([0.05] * 20, abs=0.02)
-
-
-def test_views_are_distorted_last_and_those_with_boxes_keep_their_pixels_in_place(monkeypatch):
-    calls = []
-
-    def record(image, rng, operations):
-        calls.append((image.size, operations))
-        return image
-
-    monkeypatch.setattr(timix, "rand_augment", record)
-    sample = painted_sample(caption="red")
-    for make_row in (timix.example, timix.region_example):
-        make_row(sample, np.random.default_rng(0), config(augment=True), Tokenizer())
-    assert calls == [((32, 32), timix.PHOTOMETRIC + timix.GEOMETRIC),
-                     ((32, 32), timix.PHOTOMETRIC)]
+@pytest.mark.parametrize("operation,sign,x,y", [
+    ("translate_x", 1, 17, 20), ("translate_y", -1, 10, 13), ("shear_x", 1, 14.3, 20),
+    ("shear_y", 1, 10, 22.2), ("rotate", 1, 10.45, 16.56), ("rotate", -1, 10.81, 23.37)])
+def test_geometric_operations_move_pixels_as_released(operation, sign, x, y):
+    """Pixel (10, 20) of 40 x 40 comes from (x, y), worked by hand."""
+    rows, columns = np.mgrid[:40, :40]
+    image = np.stack([60 + 2 * columns, 60 + 2 * rows, 0 * rows], 2).astype(np.uint8)
+    result = np.asarray(timix.distort(Image.fromarray(image), operation, sign))
+    assert result[20, 10, :2] == pytest.approx([60 + 2 * x, 60 + 2 * y], abs=2)
 
 
 # ---- runs ----
@@ -623,7 +488,7 @@ def test_views_are_distorted_last_and_those_with_boxes_keep_their_pixels_in_plac
 @pytest.fixture
 def cfg(toy_data, tmp_path):
     return tiny_config("timix", toy_data, tmp_path / "run", image_size=32, scale=1.0, momentum=0.9,
-                       steps=10)
+                       steps=10, augment=True)
 
 
 def test_a_run_raises_its_weights_and_stops_mixing(cfg):
@@ -663,7 +528,6 @@ def test_asking_for_boxes_that_are_not_there_is_refused(cfg, without_boxes):
 @pytest.mark.parametrize("changes,expected", [
     (dict(mix="mixup"), "--mix mixup: choose none, cutmix, random or text"),
     (dict(min_side=0.8), "--min-side 0.8 --max-side 0.75"),
-    (dict(group=3, batch=18), "--group 3 must be even"),
 ])
 def test_what_cannot_be_trained_is_refused_in_one_line(cfg, changes, expected):
     assert expected in refused(timix.main, replace(cfg, **changes))
