@@ -131,6 +131,22 @@ def shards_in(folder, split):
     return [path for path, part in parts.items() if part == split]
 
 
+def no_match(pattern, name, split):
+    """Why a pattern, of which `name` is a part, gives no shards, and what to do about it."""
+    if not os.path.isdir(name):
+        return (f"{pattern}: no such shards (expanded to {name}): give tar files, a folder or a "
+                "glob")
+    if shards_in(name, None):
+        word = "train" if split == "train" else "val or test"
+        return (f"{pattern}: none of the shards in {name} has the word {word} in its name: rename "
+                "those that you mean, or give tar files")
+    compressed = sorted(glob.glob(f"{glob.escape(name)}/*.tar.*"))
+    if compressed:
+        return (f"{pattern}: the shards in {name} are compressed, such as {compressed[0]}: unpack "
+                "them (gzip -d, zstd -d, ...)")
+    return f"{pattern}: no tar files in {name}: give the folder that holds them, or tar files"
+
+
 def expand(patterns, split="train"):
     """Patterns -> paths of existing tar files, each file once. UserError without a match.
 
@@ -149,9 +165,7 @@ def expand(patterns, split="train"):
             else:
                 matches = sorted(glob.glob(name))
             if not matches:
-                part = f"{split} " if split else ""
-                raise UserError(f"{pattern}: no such {part}shards (expanded to {name}): "
-                                "give tar files, a folder or a glob")
+                raise UserError(no_match(pattern, name, split))
             for path in matches:
                 paths.setdefault(os.path.realpath(path), path)
     return list(paths.values())

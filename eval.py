@@ -132,7 +132,7 @@ def in_batches(fn, cfg, device, *rows, size=256):
 def check_evaluated(n, index):
     if n == 0:
         raise UserError(f"none of the {len(index)} samples of {index.paths[0]} ... can be "
-                        "evaluated: python data.py check lists what is wrong")
+                        "evaluated: the warning above counts why")
 
 
 def embed_samples(model, index, cfg, device, fn, read=None):

@@ -156,7 +156,7 @@ class Pool:
         answers = {}
         while len(answers) < len(self.tasks):
             try:
-                rank, ok, value = self.results.get(timeout=60)
+                rank, ok, value = self.results.get(timeout=300)
             except queue.Empty:
                 rank, ok, value = "?", False, f"no answer; ranks {sorted(answers)} are done"
             if not ok:  # the others may wait for this one: the pool is of no more use

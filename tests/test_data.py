@@ -112,7 +112,9 @@ def test_a_folder_without_such_words_is_in_both_parts(tmp_path):
 @pytest.mark.parametrize("names, line", [
     (["train-0.tar", "extra-0.tar"], "extra-0.tar: neither train, val nor test"),
     (["train-val-0.tar", "train-0.tar"], "named both training and held-out"),
-    (["train-0.tar"], "no such test shards"),
+    (["train-0.tar"], "has the word val or test in its name"),
+    (["test-0.tar.gz"], "are compressed, such as .*/test-0.tar.gz: unpack them"),
+    (["test-0.jpg"], "no tar files in"),
 ])
 def test_a_folder_whose_names_leave_the_held_out_part_open_is_refused(tmp_path, names, line):
     for name in names:

@@ -103,7 +103,7 @@ def test_a_run_without_data_gets_the_toy_data_and_a_mistyped_val_is_an_error(mon
     both = data.use_toy_data(Cfg(), data="pairs", labels="labels")
     assert both == Cfg(["toy/pairs"], ["toy/labels"], ["toy/pairs", "toy/labels"])
     assert data.use_toy_data(Cfg(labels=["x.tar"])) == Cfg(labels=["x.tar"])
-    with pytest.raises(UserError, match="nowhere: no such test shards"):
+    with pytest.raises(UserError, match="nowhere: no such shards"):
         data.use_toy_data(Cfg(data=["x.tar"], val=["nowhere"]))
 
 
