@@ -18,6 +18,7 @@ import json
 import math
 import os
 import pathlib
+import pickle
 import re
 import shutil
 import signal
@@ -743,6 +744,9 @@ def read_checkpoint(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
+    except pickle.UnpicklingError:  # whose message is torch's advice
+        holds = "it holds more than tensors, numbers and strings"
+        raise ValueError(f"{path}: {holds}") from None
     except Exception as error:  # zip, pickle and torch each have their own errors for a bad file
         raise ValueError(f"{path}: {one_line(error)}") from None
     if not isinstance(state, dict) or "method" not in state or "config" not in state:

@@ -1895,16 +1895,19 @@ def field(record, name, kind, table=None):
 
 
 def image_names(job, rows):
-    """{image id: file name} of a file of COCO's form (formats 6.1, 8.2)."""
+    """{image id: file name} of a file of COCO's form."""
     names = {}
     for row in rows:
+        name = "file_name"
+        if isinstance(row, dict) and name not in row and "coco_url" in row:
+            name = "coco_url"  # LVIS; its end is the file's name
         with job.record("image", row):
-            names[field(row, "id", (int, str))] = field(row, "file_name", str)
+            names[field(row, "id", (int, str))] = field(row, name, str)
     return names
 
 
 def from_captions(job):
-    """COCO's captions (formats 6.1), or Karpathy's split of them (6.2)."""
+    """COCO's captions, or Karpathy's split of them."""
     for path in job.sources:
         value = read_lists(path, "images")
         if "annotations" not in value:
@@ -1932,7 +1935,7 @@ def karpathy_captions(job, rows):
 
 
 def from_instances(job):
-    """COCO's boxes (formats 8.2), crowds too. Classes are the categories' names, by their ids."""
+    """COCO's boxes, crowds too. Classes are the categories' names, by their ids."""
     for path in job.sources:
         value = read_lists(path, "images", "annotations", "categories")
         classes = {}
@@ -1971,7 +1974,7 @@ def coco_box(row, classes):
 
 
 def from_vqa(job):
-    """VQA v2 (formats 8.4): files of questions, and --annotations with ten answers to each.
+    """VQA v2: files of questions, and --annotations with ten answers to each.
 
     The most common of them becomes the answer; all are kept.
     """
@@ -1999,7 +2002,7 @@ def from_vqa(job):
 
 
 def from_ade20k(job):
-    """ADE20K of SceneParse150 (formats 8.1): folders of masks, in which 0 is no class."""
+    """ADE20K of SceneParse150: folders of masks, in which 0 is no class."""
     for folder in job.sources:
         if not job.classes:
             job.classes = ade20k_classes(folder)
@@ -2021,7 +2024,7 @@ def ade20k_classes(folder):
 
 
 def from_folder(job):
-    """A folder for each class (formats 5); a class's number is its place among the sorted names.
+    """A folder for each class; a class's number is its place among the sorted names.
 
     The images are shuffled (ours): batches from shards of one class each would hold few classes.
     """
@@ -2040,7 +2043,7 @@ def from_folder(job):
 
 
 def from_mmc4(job):
-    """(key, members) of MMC4's documents (formats 3.1), with the images that are there."""
+    """(key, members) of MMC4's documents, with the images that are there."""
     count = 0
     for path in job.sources:
         try:

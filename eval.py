@@ -1698,7 +1698,7 @@ RECIPES = {
 }
 # toy data and small models: about a minute on two CPU cores (ours)
 TOY_RECIPES = {
-    "finetune": dict(epochs=12, batch=64, lr=3e-3, layer_decay=0.9, min_area=0.5),
+    "finetune": dict(epochs=20, batch=64, lr=1.5e-3, layer_decay=0.9, min_area=0.9),
     "segment": dict(epochs=0.9, batch=64, lr=8e-3, layer_decay=1.0, min_area=0.8),
     "detect": dict(epochs=0.7, batch=64, lr=3e-3, layer_decay=0.9, min_area=0.8),
     "attentive": dict(epochs=16, batch=64, lr=3e-3, min_area=0.8),

@@ -152,6 +152,15 @@ def test_a_box_that_cannot_be_used_is_dropped_and_named(folder, capsys, bad, rea
     assert count == 1 and place.startswith(("id 99", "[99]"))
 
 
+def test_lvis_images_are_found_by_their_urls(folder):
+    annotations = [box(1, image=1), box(2, image=2)]
+    lvis = coco(annotations, categories=CATEGORIES[:3])
+    for image in lvis["images"]:
+        image["coco_url"] = "host/train2017/" + image.pop("file_name")
+    samples = convert(folder, "instances", write_json(folder, "lvis.json", lvis))
+    assert [len(sample.json["boxes"]) for sample in samples] == [0, 1, 1]
+
+
 def test_vqa_keeps_the_ten_answers_and_takes_the_most_common(folder, capsys):
     questions = []
     for i, k in ((2, 1), (1, 1), (2, 2), (3, 1)):
