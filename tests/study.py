@@ -66,6 +66,7 @@ class Arm:
     share: float = 1.0  # of the claim's steps
     after: str = None  # the arm whose encoder it starts from
     as_long_as: tuple = ()  # (slow, fast): fast with more steps, to take the time of slow
+    same_as: str = None  # the claim whose runs of this name are the same
 
 
 @dataclass
@@ -168,7 +169,8 @@ CLAIMS = {  # in the order in which they run
         samples=64_000, batch=128, seeds=5, minutes=5, sources={"data": "pairs"},
         tasks=["linear", "knn"], metrics=["linear", "knn"],
         comparisons=[("lcl", ["contrast"])], margin=0.03,
-        arms={"lcl": Arm("lcl", dict(image_first=0.5)), "contrast": Arm("align")}),  # random order
+        arms={"lcl": Arm("lcl", dict(image_first=0.5)),  # random order
+              "contrast": Arm("align", same_as="G")}),
 }
 
 
@@ -292,7 +294,7 @@ def run_all(keys, n_seeds, jobs):
         for seed in range(n_seeds or CLAIMS[key].seeds):
             for name, arm in CLAIMS[key].arms.items():
                 waits = arm.after is not None or arm.as_long_as
-                waves[bool(waits)].append((key, name, seed))
+                waves[bool(waits)].append((arm.same_as or key, name, seed))
     for wave in waves:
         results = read_results()
         missing = [which for which in wave if which not in results]
@@ -319,6 +321,7 @@ def read_results():
 
 def values_of(results, key, name, metric, seeds):
     """{seed: value} of the finished runs of an arm."""
+    key = CLAIMS[key].arms[name].same_as or key
     lines = {seed: results[key, name, seed] for seed in seeds if (key, name, seed) in results}
     return {seed: line["metrics"][metric] for seed, line in lines.items()}
 

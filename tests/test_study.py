@@ -47,7 +47,8 @@ def results(monkeypatch, tmp_path):
         text = ""
         for name, of_seeds in values.items():
             for seed, value in enumerate(of_seeds):
-                line = {"claim": key, "arm": name, "seed": seed, "seconds": 100 * value,
+                where = study.CLAIMS[key].arms[name].same_as or key
+                line = {"claim": where, "arm": name, "seed": seed, "seconds": 100 * value,
                         "metrics": dict.fromkeys(study.CLAIMS[key].metrics, value)}
                 text += json.dumps(line) + "\n"
         (tmp_path / "study.jsonl").write_text(text + end)
