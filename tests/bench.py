@@ -3,6 +3,7 @@
     python tests/bench.py                # all but the next two: under ten minutes on two cores
     python tests/bench.py --peers        # a step of ALIGN beside one of open_clip's CLIP
     python tests/bench.py --gpu          # steps at the papers' sizes, compiled beside eager
+    python tests/bench.py --gpu align    # of some scripts
     python tests/bench.py loader loss    # some of it
     python tests/bench.py --venv DIR     # finds webdataset and open_clip in that environment, too
     python tests/bench.py --tiny         # only to see that it runs
@@ -405,6 +406,7 @@ def measure_metrics(folder, n_images=5000, n_texts=25_010, n_search=10**6):
 def compare_compiled(what, cfg):
     """Steps compiled by torch.compile beside eager ones, and what its frontend counts."""
     eager = median_step(replace(cfg, compile=False))
+    yield Row(f"{what}, eager", eager, "s")  # now: to compile may take minutes
     torch.compiler.reset()
     counters.clear()
     clear_compilation_metrics()
@@ -421,9 +423,9 @@ def measure_compile(folder, **fields):
         yield from compare_compiled(f"{name}.py", config(name, folder, **fields))
 
 
-def measure_gpu(folder, **fields):
+def measure_gpu(folder, scripts, **fields):
     """The papers' sizes (ViT-B) in bfloat16, at batches that 80 GB of memory should hold."""
-    for name in SCRIPTS:
+    for name in scripts:
         batch = 4 if name == "lcl" else 128  # eager FlexAttention keeps all scores
         cfg = config(name, folder, {}, **{**fields, "batch": batch})
         yield from compare_compiled(f"{name}.py, {cfg.image_size} px, batch {batch}", cfg)
@@ -471,7 +473,6 @@ SUBJECTS = {
     "masked": measure_masked, "mixture": measure_mixture, "memory": measure_memory,
     "metrics": measure_metrics, "compile": measure_compile,
 }
-OPTIONS = {"peers": measure_peers, "gpu": measure_gpu}  # --peers, --gpu
 
 MODEL = dict(image_size=16, patch=8, dim=16, depth=1, heads=2, text_dim=16, text_heads=2,
              vocab_size=300, batch=16, steps=3)
@@ -506,15 +507,17 @@ def table_line(row):
 def main():
     parser = common.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("subjects", nargs="*", metavar="SUBJECT", help=" ".join(SUBJECTS))
+    parser.add_argument("subjects", nargs="*", metavar="SUBJECT",
+                        help=f"{' '.join(SUBJECTS)}; with --gpu {' '.join(SCRIPTS)}, too")
     parser.add_argument("--peers", action="store_true", help="beside open_clip")
     parser.add_argument("--gpu", action="store_true", help="at the papers' sizes on a GPU")
     parser.add_argument("--venv", help="virtual environment with webdataset or open_clip")
     parser.add_argument("--tiny", action="store_true", help="at sizes that take no time")
     args = parser.parse_args()
+    known = [*SUBJECTS, *SCRIPTS] if args.gpu else list(SUBJECTS)
     for name in args.subjects:
-        if name not in SUBJECTS:
-            parser.error(f"{name} is no subject, choose from {' '.join(SUBJECTS)}")
+        if name not in known:
+            parser.error(f"{name} is no subject, choose from {' '.join(known)}")
     if args.venv:
         sys.path += glob.glob(f"{args.venv}/lib/python*/site-packages")
     if args.peers and importlib.util.find_spec("open_clip") is None:
@@ -523,8 +526,12 @@ def main():
         raise common.UserError("--gpu finds no GPU that torch can use: leave it out")
     if not args.gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    names = args.subjects + [name for name in OPTIONS if getattr(args, name)]
-    functions = {**SUBJECTS, **OPTIONS}
+    functions = {name: SUBJECTS[name] for name in args.subjects if name in SUBJECTS}
+    if args.peers:
+        functions["peers"] = measure_peers
+    if args.gpu:
+        scripts = [name for name in args.subjects if name in SCRIPTS]
+        functions["gpu"] = partial(measure_gpu, scripts=scripts or SCRIPTS)
 
     print(f"torch {torch.__version__}, {common.cpu_count()} cores", flush=True)
     with tempfile.TemporaryDirectory(prefix="bench-") as root:
@@ -533,8 +540,8 @@ def main():
         os.environ["KINETO_LOG_LEVEL"] = "6"  # the profiler says nothing
         with quiet():
             folder = data.make_toy_data(root, 1000, 500, parts=("pairs", "labels", "docs"))
-        for name in names or SUBJECTS:
-            for row in functions[name](folder, **(TINY[name] if args.tiny else {})):
+        for name, measure in (functions or SUBJECTS).items():
+            for row in measure(folder, **(TINY[name] if args.tiny else {})):
                 print(table_line(row), flush=True)
 
 

@@ -8,6 +8,7 @@ import torch
 
 import bench
 import common
+import data
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -84,3 +85,16 @@ def test_what_is_no_subject_is_one_line(monkeypatch):
     monkeypatch.setattr("sys.argv", ["bench.py", "spede"])
     with pytest.raises(common.UserError, match="spede is no subject, choose from step loader"):
         bench.main()
+
+
+def test_scripts_are_chosen_for_the_gpu(monkeypatch, capsys):
+    def measure(folder, scripts, **fields):
+        yield bench.Row(f"of {' and '.join(scripts)}", 1.0, "s")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench, "measure_gpu", measure)
+    monkeypatch.setattr(data, "make_toy_data", lambda root, *args, **kwargs: root)
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # which main() changes
+    monkeypatch.setattr("sys.argv", ["bench.py", "--tiny", "--gpu", "mug", "lcl"])
+    bench.main()
+    assert "of mug and lcl " in capsys.readouterr().out
