@@ -5,16 +5,15 @@
     python tests/bench.py --gpu          # steps at the papers' sizes, compiled beside eager
     python tests/bench.py --gpu align    # of some scripts
     python tests/bench.py loader loss    # some of it
-    python tests/bench.py --venv DIR     # finds webdataset and open_clip in that environment, too
     python tests/bench.py --tiny         # only to see that it runs
 
 Each line: what, ours, the other, ours / other: less is better. Times are medians of calls in turn.
 A step is one of a script's own main(), at demo size, without its wait for data. Memory is the most
-that was allocated at a time. Everything but --gpu runs on the CPU.
+that was allocated at a time. Everything but --gpu runs on the CPU. The loader is compared with
+webdataset only where that is installed; --peers needs open_clip_torch.
 """
 import argparse
 import contextlib
-import glob
 import importlib
 import importlib.util
 import io
@@ -27,9 +26,7 @@ import sys
 import tarfile
 import tempfile
 import time
-import tracemalloc
 import typing
-import weakref
 from dataclasses import replace
 from functools import partial
 
@@ -40,19 +37,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch._dynamo.utils import clear_compilation_metrics, counters, get_compilation_metrics
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import align
 import common
 import data
 import eval as evaluation
-import lcl
-import m3i
-import mug
-import timix
 
-SCRIPTS = {"align": align, "mug": mug, "lcl": lcl, "timix": timix, "m3i": m3i}
+SCRIPTS = {name: importlib.import_module(name) for name in ("align", "mug", "lcl", "timix", "m3i")}
 REPEATS = 3
 
 
@@ -88,44 +79,17 @@ def compare(what, ours, name, other):
                name, statistics.median(other_seconds[1:]))
 
 
-def python_memory(fn, *args):
-    """MiB that Python and numpy have allocated at most in fn(*args)."""
-    tracemalloc.start()
-    fn(*args)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    return peak / 2**20
-
-
-class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made inside; peak: the most that lived at a time."""
-
-    def __init__(self):
-        super().__init__()
-        self.current = 0
-        self.peak = 0
-        self.known = weakref.WeakSet()
-
-    def add(self, n_bytes):
-        self.current += n_bytes
-        self.peak = max(self.peak, self.current)
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        result = op(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor) and x.untyped_storage() not in self.known:
-                storage = x.untyped_storage()
-                self.known.add(storage)
-                self.add(storage.nbytes())
-                weakref.finalize(storage, self.add, -storage.nbytes())
-        return result
-
-
 def tensor_memory(fn, *args):
-    """MiB of tensors that fn(*args) has made and held at most."""
-    with PeakMemory() as meter:
+    """MiB of tensors that fn(*args) has held at most."""
+    with torch.profiler.profile(profile_memory=True) as profile:
         fn(*args)
-    return meter.peak / 2**20
+    current = 0
+    peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            current += event.nbytes()  # negative where it is freed
+            peak = max(peak, current)
+    return peak / 2**20
 
 
 # ---- a script's own steps ----
@@ -144,16 +108,9 @@ def config(name, folder, recipe=None, **changes):
     return SCRIPTS[name].Config(**fields)
 
 
-@contextlib.contextmanager
-def quiet():
-    with open(os.devnull, "w") as nowhere:
-        with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-            yield
-
-
 def train(cfg):
     """Run a script's main() -> seconds of each step, of which the first two make the state."""
-    with quiet():
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         SCRIPTS[cfg.method.lower()].main(cfg)
     with open(f"{cfg.out}/log.jsonl") as f:
         rows = [json.loads(line) for line in f]
@@ -187,18 +144,14 @@ def measure_step(folder, **fields):
                   "its products", microseconds / 1e6 / cfg.steps)
 
 
-def write_pictures(path, n, short_side):
-    """A shard of n JPEGs as the web has them: 4 to 3, some 2 bits for a pixel."""
+def web_picture(short_side):
+    """A JPEG as the web has them: 4 to 3, some 2 bits for a pixel."""
     rng = np.random.default_rng(0)
-    with tarfile.open(path, "w") as tar:
-        for i in range(n):
-            coarse = Image.fromarray(rng.integers(0, 256, (9, 9, 3), np.uint8))
-            image = coarse.resize((short_side * 4 // 3, short_side), Image.BICUBIC)
-            pixels = np.array(image).astype(int)
-            pixels += rng.integers(-12, 13, (*pixels.shape[:2], 1))
-            raw = io.BytesIO()
-            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(raw, "JPEG", quality=85)
-            data.add(tar, f"{i:06d}.jpg", raw.getvalue())
+    noise = rng.integers(0, 256, (short_side // 8, short_side // 6, 3), np.uint8)
+    raw = io.BytesIO()
+    image = Image.fromarray(noise).resize((short_side * 4 // 3, short_side), Image.BICUBIC)
+    image.save(raw, "JPEG", quality=85)
+    return raw.getvalue()
 
 
 def picture_row(sample, rng, size):
@@ -226,16 +179,16 @@ def seconds_per_picture(batches, skip):
     return (time.perf_counter() - start) / n
 
 
-def our_loader(index, size, workers, batch=32, steps=24):
-    order = data.ShuffledOrder(index.starts, batch, seed=0)
+def our_loader(index, size, workers):
+    order = data.ShuffledOrder(index.starts, batch=32, seed=0)
     rows = data.TrainingSet(index, order, partial(picture_row, size=size))
-    dataset = data.BatchDataset([rows], batch)
+    dataset = data.BatchDataset([rows], 32)
     skip = 2 + 2 * workers
-    batches = data.loader(dataset, 0, skip + steps, workers, torch.device("cpu"))
+    batches = data.loader(dataset, 0, skip + 24, workers, torch.device("cpu"))
     return seconds_per_picture(batches, skip)
 
 
-def webdataset_loader(index, size, batch=32, steps=24):
+def webdataset_loader(index, size):
     """webdataset over the same shard, in one process, with our decoder and view."""
     webdataset = importlib.import_module("webdataset")  # no package that the project needs
     rng = np.random.default_rng(0)
@@ -244,21 +197,23 @@ def webdataset_loader(index, size, batch=32, steps=24):
         return picture_row(data.Sample(sample["__key__"], {"jpg": sample["jpg"]}), rng, size)
 
     samples = webdataset.WebDataset(index.paths, shardshuffle=False).repeat().shuffle(1000)
-    batches = samples.map(row).batched(batch)
-    return seconds_per_picture(itertools.islice(batches, 2 + steps), skip=2)
+    batches = samples.map(row).batched(32)
+    return seconds_per_picture(itertools.islice(batches, 26), skip=2)
 
 
 def measure_loader(folder, n=256, short_side=400, size=224):
     """A picture of web size beside bare Pillow in as many processes, and beside webdataset."""
+    raw = web_picture(short_side)
     path = f"{folder}/pictures.tar"
-    write_pictures(path, n, short_side)
+    with tarfile.open(path, "w") as tar:
+        for i in range(n):
+            data.add(tar, f"{i:06d}.jpg", raw)
     index = data.Index([path])
-    raws = [index[i].image_bytes() for i in range(n)]
     what = f"loader, a picture of {short_side} px to {size}"
     for workers in sorted({1, common.cpu_count()}):
         with multiprocessing.Pool(workers) as pool:
             yield compare(f"{what}, {workers} worker(s)", partial(our_loader, index, size, workers),
-                          "Pillow", partial(pillow_loader, pool, raws, size))
+                          "Pillow", partial(pillow_loader, pool, [raw] * n, size))
     ours = partial(our_loader, index, size, 0)
     if importlib.util.find_spec("webdataset"):
         yield compare(what, ours, "webdataset", partial(webdataset_loader, index, size))
@@ -287,25 +242,22 @@ def measure_index(folder, shards=10, members=10_000):
             for i in range(members // 2):
                 data.add(tar, f"{i:06d}.jpg", bytes(100))
                 data.add(tar, f"{i:06d}.txt", b"a caption")
-    what = f"index of {shards} x {members:,} members"
-    yield compare(what, timed(index_anew, paths), "tarfile", timed(read_headers, paths))
-    yield Row(f"{what}, memory", python_memory(index_anew, paths), "MiB",
-              "tarfile", python_memory(read_headers, paths))
-
-
-def order_batch(starts, step, batch):
-    order = data.ShuffledOrder(starts, batch, seed=0)
-    for row in range(batch):
-        order(step, row)
+    yield compare(f"index of {shards} x {members:,} members", timed(index_anew, paths),
+                  "tarfile", timed(read_headers, paths))
 
 
 def measure_order(folder, shards=1000, per_shard=10_000, batch=4096):
     """The order of a global batch at a resumed step of the fourth epoch beside the first step."""
     starts = np.arange(shards + 1) * per_shard
-    step = int(3.5 * starts[-1] / batch)
-    yield compare(f"order of {starts[-1]:,} samples, resumed",
-                  timed(order_batch, starts, step, batch), "start",
-                  timed(order_batch, starts, 0, batch))
+
+    def order_batch(step):
+        order = data.ShuffledOrder(starts, batch, seed=0)
+        for row in range(batch):
+            order(step, row)
+
+    resumed = int(3.5 * starts[-1] / batch)
+    yield compare(f"order of {starts[-1]:,} samples, resumed", timed(order_batch, resumed),
+                  "start", timed(order_batch, 0))
 
 
 def two_matrices(image, text, temperature, label_smoothing):
@@ -511,17 +463,14 @@ def main():
                         help=f"{' '.join(SUBJECTS)}; with --gpu {' '.join(SCRIPTS)}, too")
     parser.add_argument("--peers", action="store_true", help="beside open_clip")
     parser.add_argument("--gpu", action="store_true", help="at the papers' sizes on a GPU")
-    parser.add_argument("--venv", help="virtual environment with webdataset or open_clip")
     parser.add_argument("--tiny", action="store_true", help="at sizes that take no time")
     args = parser.parse_args()
     known = [*SUBJECTS, *SCRIPTS] if args.gpu else list(SUBJECTS)
     for name in args.subjects:
         if name not in known:
             parser.error(f"{name} is no subject, choose from {' '.join(known)}")
-    if args.venv:
-        sys.path += glob.glob(f"{args.venv}/lib/python*/site-packages")
     if args.peers and importlib.util.find_spec("open_clip") is None:
-        raise common.UserError("--peers needs open_clip: pip install open_clip_torch, or --venv")
+        raise common.UserError("--peers needs open_clip: pip install open_clip_torch")
     if args.gpu and not torch.cuda.is_available():
         raise common.UserError("--gpu finds no GPU that torch can use: leave it out")
     if not args.gpu:
@@ -538,8 +487,7 @@ def main():
         os.environ["XDG_CACHE_HOME"] = root  # of indexes
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{root}/inductor"  # nothing is compiled before
         os.environ["KINETO_LOG_LEVEL"] = "6"  # the profiler says nothing
-        with quiet():
-            folder = data.make_toy_data(root, 1000, 500, parts=("pairs", "labels", "docs"))
+        folder = data.make_toy_data(root, 1000, 500, parts=("pairs", "labels", "docs"))
         for name, measure in (functions or SUBJECTS).items():
             for row in measure(folder, **(TINY[name] if args.tiny else {})):
                 print(table_line(row), flush=True)
