@@ -456,7 +456,8 @@ def try_kind(kind, rng, root, intact):
     for i, shard in enumerate(kind(rng)):
         faulthandler.dump_traceback_later(SECONDS, exit=True)
         try:
-            counts += examine(shard, f"{root}/{kind.__name__}-{i}.tar", f"{root}/intact.tar", intact)
+            path = f"{root}/{kind.__name__}-{i}.tar"
+            counts += examine(shard, path, f"{root}/intact.tar", intact)
         except Exception:
             failures.append(f"shard {i}: {traceback.format_exc(limit=-1)}")
     if count_open_files() > n_files:
