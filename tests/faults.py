@@ -1,6 +1,6 @@
 """Faults in real processes: what a run promises when it is killed, stopped, resized or starved.
 
-    python tests/faults.py                         # all of them, about ten minutes on two cores
+    python tests/faults.py                         # all of them, some minutes on two cores
     python tests/faults.py kill-in-save dead-rank  # some
 
 Each fault meets a small run of align.py on toy data in a temporary folder. Afterwards the same
@@ -34,9 +34,9 @@ SAVE_EVERY = 10
 NAN_STEP = 57
 LIMIT = 300  # seconds, of any wait
 # many unused ids make a checkpoint of 8 MB, so that a save takes long enough to be hit
-FLAGS = f"""--data toy/pairs --steps {STEPS} --save-every {SAVE_EVERY} --log-every 1 --eval-every -1
-    --batch 32 --lr 3e-3 --warmup 10 --image-size 32 --patch 8 --dim 32 --depth 1 --heads 2
-    --context 16 --vocab-size 20000 --text-dim 32 --text-depth 1 --text-heads 2 --workers 1""".split()
+FLAGS = f"""--data toy/pairs --workers 1 --steps {STEPS} --save-every {SAVE_EVERY} --log-every 1
+    --eval-every -1 --batch 32 --lr 3e-3 --warmup 10 --image-size 32 --patch 8 --dim 32 --depth 1
+    --heads 2 --context 16 --vocab-size 20000 --text-dim 32 --text-depth 1 --text-heads 2""".split()
 TORCHRUN = """-m torch.distributed.run --standalone --nproc_per_node 2 --redirects 3
     --signals-to-handle SIGTERM,SIGINT,SIGUSR1""".split()
 

@@ -113,7 +113,7 @@ class Shard:
         self.raw = tar_bytes.getvalue()
 
     def damaged(self, start, end, new):
-        """A copy with other bytes there: this hurts these samples and puts the later ones behind."""
+        """A copy with other bytes there: this hurts their samples and puts later ones behind."""
         shard = copy.deepcopy(self)
         shard.raw = self.raw[:start] + new + self.raw[end:]
         end_of_damage = max(end, start + 1)
@@ -456,9 +456,10 @@ def try_kind(kind, rng, root, intact):
     for i, shard in enumerate(kind(rng)):
         faulthandler.dump_traceback_later(SECONDS, exit=True)
         try:
-            counts += examine(shard, f"{root}/{kind.__name__}-{i}.tar", f"{root}/intact.tar", intact)
+            path = f"{root}/{kind.__name__}-{i}.tar"
+            counts += examine(shard, path, f"{root}/intact.tar", intact)
         except Exception:
-            failures.append(f"shard {i}: {traceback.format_exc(limit=-2)}")
+            failures.append(f"shard {i}: {traceback.format_exc(limit=-1)}")
     if count_open_files() > n_files:
         failures.append("files are left open")
     return counts, failures
