@@ -778,6 +778,8 @@ def save(cfg, model, optimizer, step, vocab):
             os.replace(new_path, path)
         except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
             new_path.unlink(missing_ok=True)
+            if str(error).startswith("DataLoader worker"):  # one has died during the save
+                raise
             raise UserError(f"{path} of step {step} could not be written ({one_line(error)}): "
                             "make room; the same command goes on from the checkpoint before")
 

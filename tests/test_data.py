@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -313,6 +314,17 @@ def test_an_index_travels_to_another_process_as_its_paths(tmp_path):
     assert len(packed) < 500 and samples_of(pickle.loads(packed)) == samples_of(index)
 
 
+def test_memory_does_not_grow_with_what_tarfile_knows_of_the_members(tmp_path):
+    peaks = []
+    for n in (1000, 4000):
+        path = write_tar(tmp_path / f"{n}.tar", [(f"{i:06d}.txt", b"") for i in range(n)])
+        tracemalloc.start()
+        Index([path])
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 3000 * 200  # bytes; tarfile's own list takes 1,000 a member
+
+
 def test_a_shard_that_is_rewritten_or_goes_is_skipped_and_never_mixed_with_the_index(tmp_path):
     path = write_tar(tmp_path / "0.tar", TOY)
     index = Index([path])
@@ -605,6 +617,20 @@ def test_the_tail_that_fills_no_batch_waits_for_another_epoch():
     assert samples[:36] == slow_order(STARTS, 3, 0)[:36]
     assert samples[36:] == slow_order(STARTS, 3, 1)[:36]
     assert ShuffledOrder(STARTS, 40, 3).steps_per_epoch == 1
+
+
+def test_ten_million_samples_are_ordered_without_listing_them():
+    starts = np.arange(0, 10**7 + 1, 1000)
+    tracemalloc.start()
+    sample = ShuffledOrder(starts, 4096, 5).sample(7, 5_001_234)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5e6  # bytes; the epoch would be 80 MB
+    # position 5,001,234 is number 9,234 of window 78, which begins at 78 * 64,000
+    shards = common.rng(Stream.SHARDS, 5, 7).permutation(10_000)[78 * 64:79 * 64]
+    samples = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in shards])
+    common.rng(Stream.WINDOW, 5, 7, 78).shuffle(samples)
+    assert sample == samples[9234]
 
 
 # ---- batches ----
