@@ -10,8 +10,8 @@ Reading order: contrastive_loss (the method, Eq. 1-2), ALIGN (the model), Lamb, 
 Departures from the paper:
 - ViT and a pre-norm text transformer instead of EfficientNet and BERT; no dropout
 - 224 pixels instead of 289; byte-level BPE instead of WordPiece
-- LAMB: 1-D tensors get no decay and no adaptation, the temperature is adapted (the paper does not
-  say); one ratio for the fused q, k, v
+- LAMB, of which the paper gives no details: vectors get no decay and no trust ratio, the
+  temperature gets one; q, k, v are one matrix and get one ratio
 - the outputs of all transformer branches start at a tenth of their usual size
 
 Dimension key: B pairs of this rank, G of all ranks, S pixels a side, L text tokens, E = --dim.
@@ -82,7 +82,7 @@ class Config:
 
 
 # Toy data on two CPU cores. No crops and no flips: captions say left and right, and where things
-# are. From a temperature of 1.0 a run of this length would come down to about 0.4 only.
+# are. From a temperature of 1.0 a run of this length comes down to about 0.5 at best.
 DEMO = dict(
     image_size=48, patch=8, dim=128, depth=3, heads=4, resize=1.0, flip=False,
     text_dim=64, text_depth=2, text_heads=2, context=16, vocab_size=512, temperature=0.07,
@@ -99,7 +99,7 @@ class ALIGN(nn.Module):
         super().__init__()
         self.image_size = cfg.image_size
         self.resize = cfg.resize
-        # the class token is dropped before pooling
+        # the class token is not pooled; it makes the encoder one that all scripts can start from
         self.vision = ViT(cfg.image_size, cfg.patch, cfg.dim, cfg.depth, cfg.heads,
                           grad_checkpoint=cfg.grad_checkpoint)
         self.text = TextTransformer(cfg.vocab_size, cfg.context, cfg.text_dim, cfg.text_depth,
@@ -108,8 +108,8 @@ class ALIGN(nn.Module):
         self.text_proj = nn.Linear(cfg.text_dim, cfg.dim)
         self.temperature = nn.Parameter(torch.tensor(cfg.temperature))
         common.init_weights(self.text_proj)
-        # LAMB moves a matrix by a fixed share of its norm, so that too large a branch would shrink
-        # slowly: they start small (ours, after CaiT's layer scale, arXiv 2103.17239)
+        # LAMB changes a matrix by a fixed share of its norm, so a branch that starts too large
+        # shrinks slowly: they start small (ours, after CaiT's layer scale, arXiv 2103.17239)
         for block in [*self.vision.blocks, *self.text.blocks]:
             block.attn.proj.weight.data *= 0.1
             block.mlp.fc2.weight.data *= 0.1
@@ -222,7 +222,7 @@ def main(cfg):
     common.check_batch(cfg.batch)
     cfg = data.use_toy_data(cfg)
     if cfg.eval_every >= 0:
-        import eval as evaluation
+        import eval as evaluation  # only where something is evaluated or drawn
         evaluation.check_held_out(cfg)  # now, not after the last step
     torch.manual_seed(cfg.seed)  # the same initial weights on every rank
     model = ALIGN(cfg).to(device)

@@ -9,7 +9,7 @@ of a small language model over text and images.
 The states of the language model shall tell as much as possible about what comes next. Next token:
 cross-entropy. Next image: the state at soi, just before its patches, picks it out of the global
 batch (InfoNCE). To predict its tokens by regression instead would let the encoder make all tokens
-equal.
+equal, which leaves no error (--objective gen+reg).
 
 Reading order: losses and info_nce (the method), LCL.forward (the model), sequence and pack
 (documents -> rows), main.
@@ -20,9 +20,9 @@ rules of its released code, from which we depart in this:
   patch embedding (none), weight decay on the class token (none); initial sizes of common.py
 - no biases of the pool's keys: softmax cancels them
 - every sequence starts with the begin token and ends with the end token; the code leaves out one
-  of them in pairs. So here an image after its caption also helps to predict the end token
-- an image with nothing before it is not contrasted; in documents the code does
-  (--contrast-empty-context)
+  of them in pairs
+- an image with nothing before it, half of those of pairs, is not contrasted; the code contrasts it
+  in documents (--contrast-empty-context)
 - means over ranks are exact, where ranks hold different numbers of images and labels
 - documents are packed into rows; byte-level BPE instead of CLIP's
 
@@ -172,7 +172,7 @@ class LCL(nn.Module):
                           grad_checkpoint=cfg.grad_checkpoint,
                           mean=(0.48145466, 0.4578275, 0.40821073),  # CLIP's, as LCL code
                           std=(0.26862954, 0.26130258, 0.27577711))
-        self.image_ids = image_ids(cfg)
+        self.image_ids = ids_of_image(cfg)
         least = len(self.image_ids) + 2  # begin and end token
         if cfg.context < least:
             raise UserError(f"--context {cfg.context} has no room for an image of "
@@ -314,7 +314,7 @@ class LCL(nn.Module):
         return -(loss.view(labels.shape) * valid).sum(1) / valid.sum(1)
 
     def fused(self, images, tokens, valid):
-        """Text about an image -> (B, D): the state at its last token, after the image."""
+        """Text about an image -> (B, D): the state at its end token, which only a head trains."""
         x = self.norm_head(self.caption_states(images, tokens))
         return common.last_token(x, valid[:, :x.shape[1]])
 
@@ -390,8 +390,8 @@ def losses(model, batch, cfg):
             pad_rows(out["latent"], capacity), pad_rows(out["context"], capacity),
             pad_rows(is_contrasted, capacity), model.contrast_scale())
 
-    # L_reg, of the arm that collapses: squared error of each image token, predicted from the state
-    # before it. The target is not detached: constant tokens minimize this term
+    # L_reg, with which all collapses: squared error of each image token, predicted from the state
+    # before it. The target is not detached: tokens that are the same in all images minimize it
     if "reg" in weights:
         error = at_least_float32(out["predicted_tokens"]) - image_tokens  # (K, N, D)
         terms["reg"] = mean_over_ranks(error.square().mean((1, 2)))
@@ -440,7 +440,7 @@ def has_context(batch):
 def pad_rows(x, n):
     """(K, ...) -> (n, ...), padded with zeros."""
     if len(x) > n:
-        raise UserError(f"{len(x)} images in a batch of {n} pairs: documents are for --docs")
+        raise UserError(f"{len(x)} images in a batch that may have {n}: documents are for --docs")
     padding = x.new_zeros(n - len(x), *x.shape[1:])
     return torch.cat([x, padding])
 
@@ -503,16 +503,16 @@ def read_document(sample, rng, cfg, tokenizer, min_size=None):
 
 
 def read_pair(sample, rng, cfg, tokenizer, min_size=None):
-    """The same of a pair, in random order. The caption is as in evaluation, without a space before
-    it; a long one is cut, or would push its image out."""
-    room = cfg.context - len(image_ids(cfg)) - 2  # begin and end token
+    """A pair as a document: a list of ids and an image, in random order. The caption is as in
+    evaluation, without a space before it; a long one is cut, or would push its image out."""
+    room = cfg.context - len(ids_of_image(cfg)) - 2  # begin and end token
     segments = [tokenizer.encode(sample.caption(rng))[:room], sample.image(min_size)]
     if rng.random() < cfg.image_first:
         segments.reverse()
     return segments
 
 
-def image_ids(cfg):
+def ids_of_image(cfg):
     """The ids of an image: soi, a place for each patch, eoi."""
     n_patches = (cfg.image_size // cfg.patch) ** 2
     return [Tokenizer.SOI, *n_patches * [Tokenizer.IMG], Tokenizer.EOI]
@@ -526,13 +526,13 @@ def sequence(segments, view, cfg):
     """
     room = cfg.context - 1  # the end token takes one
     ids = [Tokenizer.BOS]
-    ids_of_image = image_ids(cfg)
+    image_ids = ids_of_image(cfg)
     images = []
     for segment in segments:
         if isinstance(segment, list):
             ids += segment
-        elif len(ids) + len(ids_of_image) <= room:
-            ids += ids_of_image
+        elif len(ids) + len(image_ids) <= room:
+            ids += image_ids
             images.append(view(segment))
         else:
             break
@@ -606,7 +606,7 @@ def warn_of_long_documents(index, cfg, tokenizer, n=300):
                                      min_size=1)  # of images only the places count
         except data.Skip:
             continue
-        length = len(image_ids(cfg)) + 2  # begin and end token
+        length = len(ids_of_image(cfg)) + 2  # begin and end token
         for segment in segments:
             if not isinstance(segment, list):
                 break

@@ -671,7 +671,7 @@ def main(cfg):
     check(cfg)
     cfg = data.use_toy_data(cfg, data="pairs", labels="labels")
     if cfg.eval_every >= 0:
-        import eval as evaluation
+        import eval as evaluation  # only where something is evaluated or drawn
         evaluation.check_held_out(cfg)  # now, not after the last step
     names = class_names(cfg)
     cfg = drop_terms(replace(cfg, classes=len(names)))

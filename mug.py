@@ -1,5 +1,5 @@
-"""MUG (arXiv 2301.07088): one encoder pass over a visible quarter of the image feeds two decoders,
-one for the removed pixels and one for the caption.
+"""MUG (arXiv 2301.07088): one encoder pass over the visible patches of an image, a quarter of them,
+feeds two decoders: one for the removed pixels and one for the caption.
 
     python mug.py                                             # toy data: trains, evaluates, draws
     python mug.py --data 'cc3m/*.tar' --val coco/ --size b    # your shards: KEY.jpg and KEY.txt
@@ -10,7 +10,8 @@ Reading order: MUG.forward and losses (the method, paper Algorithm 1), PixelDeco
 CaptionDecoder, main.
 
 Departures from the paper, whose tables were not available to us:
-- what Algorithm 1 leaves open is MAE's (arXiv 2111.06377): encoder, pixel decoder, targets, recipe
+- where Algorithm 1 leaves something open we follow MAE (arXiv 2111.06377): encoder, pixel decoder,
+  targets, recipe
 - both loss weights are 1
 - the caption decoder has plain pre-norm blocks, a norm between those on the text alone and those
   that also attend to the image, learned positions and an untied head; the authors' demo has
@@ -281,7 +282,7 @@ class MUG(nn.Module):
         return -loss.sum(1) / valid[:, 1:].sum(1)
 
     def _fused(self, images, tokens, valid):
-        """Text about an image -> (B, W): the hidden state at the last token."""
+        """Text about an image -> (B, W): the state at the end token, which only a head trains."""
         hidden_states = self.caption_decoder.hidden_states(tokens, self.vision(images))
         return common.last_token(hidden_states, valid)
 
@@ -317,7 +318,7 @@ class MUG(nn.Module):
 def next_token_loss(logits, tokens, valid):
     """Cross-entropy (B, L-1) of each token after the first, 0 at padding.
 
-    logits (B, L-1, V): made at the token before. tokens, valid (B, L).
+    logits (B, L-1, V): each predicted from the tokens before. tokens, valid (B, L).
     """
     targets = tokens[:, 1:]
     logits = at_least_float32(logits)
@@ -328,8 +329,8 @@ def next_token_loss(logits, tokens, valid):
 def losses(pixel_loss, caption_loss, valid, cfg):
     """The last line of Algorithm 1: the weighted sum of both losses.
 
-    pixel_loss, caption_loss (B,): of MUG.forward. valid (B, L). -> loss, {name: term}: this rank's,
-    whose mean over ranks is that of the global batch; only terms that have a weight.
+    pixel_loss, caption_loss (B,): of MUG.forward. valid (B, L). -> loss, {name: term} of the terms
+    that have a weight. Their means over ranks are the loss and terms of the global batch.
     """
     pixels = pixel_loss.mean()
     # captions differ in length: a mean of the ranks' means would be another loss than the mean over
@@ -363,7 +364,7 @@ def main(cfg):
     common.check_batch(cfg.batch)
     cfg = data.use_toy_data(cfg)
     if cfg.eval_every >= 0:
-        import eval as evaluation
+        import eval as evaluation  # only where something is evaluated or drawn
         evaluation.check_held_out(cfg)  # now, not after the last step
     torch.manual_seed(cfg.seed)  # the same initial weights on every rank
     model = MUG(cfg).to(device)

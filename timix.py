@@ -14,8 +14,8 @@ image and z_i, z_j its logits for the two captions, the loss (mix_loss) is
 
     L_mix = lambda l_i + (1 - lambda) l_j = l_i + (1 - lambda) (z_i - z_j),
 
-InfoNCE plus a linear penalty on the margin z_i - z_j. The penalty has no minimum by itself; L_mix
-is least at z_i - z_j = log(lambda / (1 - lambda)). That is for one-hot targets: mixed_targets puts
+InfoNCE plus a linear penalty on the margin z_i - z_j. The penalty alone has no minimum; L_mix is
+least at z_i - z_j = log(lambda / (1 - lambda)). That is for one-hot targets: mixed_targets puts
 the model's probabilities on the clean batch in their place, as the released code does.
 
 Reading order: losses (the method, term by term), text_aware_mix and mixed_targets, PatchPredictor,
@@ -314,7 +314,8 @@ class TiMix(ALBEF):
 # ---- mixing ----
 
 def text_aware_mix(images, scores, s, group):
-    """Paste the partner's s x s patches of highest total score over an image's of lowest.
+    """Cover the s x s patches of an image that have the lowest total score with those of its
+    partner that have the highest.
 
     images (B, 3, S, S); scores (B, N): relevance of each patch to its own image's caption, of any
     scale. Partners are the rows of a group in reverse; of equal windows the first in reading order
@@ -443,7 +444,7 @@ def itm_loss(model, student, valid, noise, group):
     own = torch.arange(B, device=valid.device)
     text_index = torch.cat([own, negative_text, own])
     image_index = torch.cat([own, own, negative_image])
-    # index_select: the gradient of x[index] is summed in no fixed order
+    # index_select: on the CPU the gradient of x[index] is summed in no fixed order
     logits = model.match_logits(
         student.hidden_states.index_select(0, text_index),
         valid[text_index],
@@ -458,7 +459,7 @@ def mask_tokens(tokens, valid, noise, ratio, vocab_size):
     random word, 10 % stay.
 
     tokens, valid (B, L); noise (B, 3, L), uniform. -> masked tokens (B, L); position (B, K), the
-    K = L // 2 of least noise, as many in every row; the words there (B, K), -1 if not masked.
+    K = L // 2 candidates of least noise; the words there (B, K), -1 where a candidate stays.
     """
     chosen_noise, kind_noise, word_noise = noise.unbind(1)
     chosen_noise = chosen_noise.masked_fill(~valid, 1.0)
@@ -480,8 +481,8 @@ def mlm_loss(model, batch, student, teacher, noise, alpha, cfg):
     """Masked words, predicted by a text that is read beside its image (ALBEF): hard targets are the
     words, soft ones the teacher's probabilities.
 
-    student, teacher: Encoded; noise (B, 3, L). -> this rank's share of the mean over the masked
-    words of all ranks; their number differs between ranks.
+    student, teacher: Encoded; noise (B, 3, L). The mean of the results over ranks is the mean over
+    the masked words of all ranks, of which each has a number of its own.
     """
     masked_tokens, position, labels = mask_tokens(
         batch["tokens"], batch["valid"], noise, cfg.mask_ratio, cfg.vocab_size)
@@ -503,7 +504,7 @@ def pta_loss(log_probs, in_box, used):
     """Patch-text alignment: cross-entropy of each patch, in the text's box or not (TiMix code).
 
     log_probs (R, T, N, 2); in_box (R, T, N) bool; used (R, T) bool: False where an image has fewer
-    texts. -> this rank's share of the mean over the used patches of all ranks.
+    texts. The mean of the results over ranks is the mean over the used patches of all ranks.
     """
     patch_losses = -torch.where(in_box, log_probs[..., 1], log_probs[..., 0])
     n_patches = all_reduce_sum(used.sum()) * in_box.shape[2]
@@ -582,7 +583,7 @@ def losses(model, batch, noise, generator, cfg, progress, mixing):
         terms["itm"] = itm_loss(model, student, valid, noise.itm, cfg.group)
         loss = loss + cfg.w_itm * terms["itm"]
 
-    # masked words: read beside the image; the teacher sees the same
+    # masked words: read beside the image; the teacher reads the same masked text
     if cfg.w_mlm:
         terms["mlm"] = mlm_loss(model, batch, student, teacher, noise.mlm, alpha, cfg)
         loss = loss + cfg.w_mlm * terms["mlm"]
@@ -795,7 +796,7 @@ def check(cfg):
         raise UserError(f"--min-side {cfg.min_side} --max-side {cfg.max_side}: give sides of the "
                         "window between 0 and 1, the smallest first")
     if cfg.mask_ratio > 0.5:
-        raise UserError(f"--mask-ratio {cfg.mask_ratio}: at most half of the context is masked")
+        raise UserError(f"--mask-ratio {cfg.mask_ratio}: at most 0.5 of the context can be masked")
     if cfg.texts_per_region < 1 + cfg.caption_as_region:
         raise UserError(f"--texts-per-region {cfg.texts_per_region} leaves no room for the text "
                         f"of a box: give {1 + cfg.caption_as_region} or more")
@@ -820,7 +821,7 @@ def main(cfg):
     check(cfg)
     cfg = data.use_toy_data(cfg)
     if cfg.eval_every >= 0:
-        import eval as evaluation
+        import eval as evaluation  # only where something is evaluated or drawn
         evaluation.check_held_out(cfg)  # now, not after the last step
     index = data.open_index(cfg.data)
     cfg = replace(cfg, boxes=trains_predictor(cfg, index))

@@ -13,8 +13,8 @@ and heads of eval.py evaluate it. A finished run is a line of tests/results/stud
 
 The rule, written down before the runs: arms are compared seed by seed. A difference is shown if the
 95 % interval of its mean (Student's t) lies above 0, reversed if below, else not shown; a claim of
-equality is equal if it lies inside the margin. Of several references the one of the highest mean
-counts. While seeds are missing, a comparison is open.
+equality is equal if it lies inside the margin. Better than the best of several is better than each.
+While seeds are missing, a comparison is open. Seeds draw weights and order; the data are the same.
 """
 import argparse
 import contextlib
@@ -80,7 +80,7 @@ class Claim:
     sources: dict  # {field of Config: part of the toy data}
     tasks: list  # of eval.py, on held-out toy data
     metrics: list  # reported; the first one is judged
-    comparisons: list  # [(arm, its references)]
+    comparisons: list  # [(arm, its reference)]
     arms: dict
     margin: float = None  # of a claim of equality
 
@@ -97,13 +97,13 @@ ON_PAIRS = {  # what keeps a script to pairs of image and caption
 }
 CLAIMS = {  # in the order in which they run
     "R": Claim(
-        "the learning rate of each method: the best of three",
+        "the learning rate of each method, chosen on held-out data",
         samples=64_000, batch=R_BATCH, seeds=1, minutes=5, sources={"data": "pairs"},
         tasks=["linear", "knn"], metrics=["linear", "knn"], comparisons=[],
         arms={f"{script}-{rate:g}": Arm(script, dict(ON_PAIRS[script], lr=rate))
               for script, rates in RATES.items() for rate in rates}),
     "R2": Claim(
-        "the learning rate of LCL on documents: the best of four",
+        "the learning rate of LCL on documents, chosen on held-out data",
         samples=25_600, batch=64, seeds=1, minutes=6, sources={"docs": "docs"},
         tasks=["attentive", "linear"], metrics=["attentive", "linear"], comparisons=[],
         arms={f"lcl-{rate:g}": Arm("lcl", dict(lr=rate)) for rate in RATES["lcl"]}),
@@ -111,7 +111,7 @@ CLAIMS = {  # in the order in which they run
         "TiMix: mixing by text is data efficient (250 scenes)",
         samples=25_600, batch=64, seeds=5, minutes=5, sources={"data": "pairs"},
         tasks=["retrieval"], metrics=["i2t_r1", "t2i_r1"],
-        comparisons=[("text", ["none"]), ("text", ["random"]), ("text", ["none-equal-time"])],
+        comparisons=[("text", "none"), ("text", "random"), ("text", "none-equal-time")],
         arms={
             **{mix: Arm("timix", dict(mix=mix), FEW)
                for mix in ("none", "cutmix", "random", "text")},
@@ -123,7 +123,7 @@ CLAIMS = {  # in the order in which they run
         "LCL: both losses together, on documents",
         samples=25_600, batch=64, seeds=5, minutes=7, sources={"docs": "docs"},
         tasks=["attentive", "linear"], metrics=["attentive", "linear", "spread", "cosine"],
-        comparisons=[("lcl", ["con", "gen"])],
+        comparisons=[("lcl", "con"), ("lcl", "gen")],
         arms={name: Arm("lcl", dict(objective=name, lr=DOCUMENT_RATE))
               for name in ("lcl", "con", "gen", "gen+reg")}),
     "G": Claim(
@@ -131,7 +131,8 @@ CLAIMS = {  # in the order in which they run
         samples=64_000, batch=128, seeds=4, minutes=11, sources={"data": "pairs"},
         tasks=["linear", "knn", "finetune", "segment"],
         metrics=["linear", "knn", "finetune", "miou"],
-        comparisons=[("MUG", ["contrast", "pixels", "captions"]), ("contrast", ["pixels"])],
+        comparisons=[("MUG", "contrast"), ("MUG", "pixels"), ("MUG", "captions"),
+                     ("contrast", "pixels")],
         arms={
             "contrast": Arm("align"),
             "pixels": Arm("mug", dict(cap_weight=0.0)),
@@ -147,7 +148,7 @@ CLAIMS = {  # in the order in which they run
         samples=32_000, batch=64, seeds=4, minutes=5,
         sources={"data": "pairs", "labels": "labels"},
         tasks=["linear", "knn"], metrics=["linear", "knn"],
-        comparisons=[("all", TERMS), ("all", ["two-stages"])],
+        comparisons=[("all", name) for name in (*TERMS, "two-stages")],
         arms={
             **{name: terms(name) for name in TERMS},
             "all": terms(*TERMS),
@@ -158,7 +159,7 @@ CLAIMS = {  # in the order in which they run
         "ALIGN: scale makes up for noise, 40 % of the captions being wrong",
         samples=64_000, batch=128, seeds=4, minutes=4, sources={"data": "pairs"},
         tasks=["zeroshot", "retrieval"], metrics=["zeroshot_seen", "zeroshot_unseen", "i2t_r1"],
-        comparisons=[("noisy-20000", ["clean-2500"])],
+        comparisons=[("noisy-20000", "clean-2500")],
         arms={
             "clean-2500": Arm("align", toy=dict(scenes=2500)),
             **{f"noisy-{n}": Arm("align", toy=dict(scenes=n, noise=0.4))
@@ -168,7 +169,7 @@ CLAIMS = {  # in the order in which they run
         "LCL: as good as contrast on pairs, within 3 points",
         samples=64_000, batch=128, seeds=5, minutes=5, sources={"data": "pairs"},
         tasks=["linear", "knn"], metrics=["linear", "knn"],
-        comparisons=[("lcl", ["contrast"])], margin=0.03,
+        comparisons=[("lcl", "contrast")], margin=0.03,
         arms={"lcl": Arm("lcl", dict(image_first=0.5)),  # random order
               "contrast": Arm("align", same_as="G")}),
 }
@@ -181,9 +182,9 @@ def n_steps(key, name, results):
     claim = CLAIMS[key]
     arm = claim.arms[name]
     steps = max(1, arm.share * claim.samples / claim.batch)
-    known = [results[key, other, 0] for other in arm.as_long_as if (key, other, 0) in results]
-    if len(known) == 2:
-        steps *= known[0]["seconds"] / known[1]["seconds"]
+    if arm.as_long_as and all((key, other, 0) in results for other in arm.as_long_as):
+        slow, fast = [results[key, other, 0]["seconds"] for other in arm.as_long_as]
+        steps *= slow / fast
     return round(steps)
 
 
@@ -212,6 +213,9 @@ def run(key, name, seed, results):
     """Train and evaluate an arm -> its line. UserError if a signal stopped it."""
     claim = CLAIMS[key]
     arm = claim.arms[name]
+    for other in arm.as_long_as:
+        if (key, other, 0) not in results:
+            raise common.UserError(f"{name} takes as long as {other} of seed 0: run that first")
     cfg = config(key, name, seed, results)
     device = common.init_distributed()
     if arm.after is not None:
@@ -294,7 +298,9 @@ def run_all(keys, n_seeds, jobs):
         for seed in range(n_seeds or CLAIMS[key].seeds):
             for name, arm in CLAIMS[key].arms.items():
                 waits = arm.after is not None or arm.as_long_as
-                waves[bool(waits)].append((arm.same_as or key, name, seed))
+                which = (arm.same_as or key, name, seed)
+                if which not in waves[bool(waits)]:
+                    waves[bool(waits)].append(which)
     for wave in waves:
         results = read_results()
         missing = [which for which in wave if which not in results]
@@ -335,24 +341,21 @@ def verdict(low, high, margin=None):
     return "reversed" if high < 0 else "not shown"
 
 
-def judge(results, key, arm, references, seeds):
+def judge(results, key, arm, reference, seeds):
     """-> comparison, mean difference, ends of its interval, verdict; None before two seeds."""
     claim = CLAIMS[key]
-    values = {}
-    for name in (arm, *references):
-        values[name] = values_of(results, key, name, claim.metrics[0], seeds)
-    complete = [seed for seed in seeds if all(seed in known for known in values.values())]
-    n = len(complete)
+    values = values_of(results, key, arm, claim.metrics[0], seeds)
+    others = values_of(results, key, reference, claim.metrics[0], seeds)
+    differences = [values[seed] - others[seed] for seed in values if seed in others]
+    n = len(differences)
     if n < 2:
         return None
-    best = max(references, key=lambda name: sum(values[name][seed] for seed in complete))
-    differences = [values[arm][seed] - values[best][seed] for seed in complete]
     mean = statistics.mean(differences)
     half = T_CRITICAL[n - 2] * statistics.stdev(differences) / n**0.5
     low = mean - half
     high = mean + half
     outcome = verdict(low, high, claim.margin) if n == len(seeds) >= claim.seeds else "open"
-    return f"{key}: {arm} minus {best}", mean, low, high, outcome
+    return f"{key}: {arm} minus {reference}", mean, low, high, outcome
 
 
 def report(results, key, seeds):
@@ -411,8 +414,8 @@ def show(results, key, n_seeds):
     for name, arm in claim.arms.items():
         steps = n_steps(key, name, results)
         print(f"    {name:<16}{arm.script:<6}{steps:>4} steps  {arm.settings} {arm.toy}")
-    for arm, references in claim.comparisons:
-        print(f"    judged: {claim.metrics[0]}, {arm} minus {' or '.join(references)}")
+    for arm, reference in claim.comparisons:
+        print(f"    judged: {claim.metrics[0]}, {arm} minus {reference}")
 
 
 def main(argv=None):
@@ -423,12 +426,14 @@ def main(argv=None):
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side [1]")
     parser.add_argument("--run", nargs=3, metavar=("CLAIM", "ARM", "SEED"), help="one run, again")
     parser.add_argument("--list", action="store_true", help="claims, arms, expected minutes")
-    parser.add_argument("--report", action="store_true", help="tables, and study.png beside them")
+    parser.add_argument("--report", action="store_true", help="tables; of all claims study.png, too")
     args = parser.parse_args(argv)
     if args.list:
         print(__doc__.split("\n\n")[-1])  # the rule
     if args.run:
         key, name, seed = args.run
+        if key not in CLAIMS or name not in CLAIMS[key].arms or not seed.isdigit():
+            raise common.UserError(f"--run {key} {name} {seed}: --list names claims and arms")
         run_and_write((key, name, int(seed)))
         return
     keys = args.claims or CLAIMS
@@ -445,7 +450,7 @@ def main(argv=None):
             show(read_results(), key, len(seeds))
         else:
             rows += report(read_results(), key, seeds)
-    if rows:
+    if rows and not args.claims:
         draw(rows, PATH.replace(".jsonl", ".png"))
 
 

@@ -306,7 +306,7 @@ def test_contrast_of_two_orthogonal_pairs_by_hand():
 def test_more_images_than_the_gathered_size_are_no_silent_loss():
     padded = lcl.pad_rows(torch.ones(2, 3), 4)
     assert padded.tolist() == [[1, 1, 1], [1, 1, 1], [0, 0, 0], [0, 0, 0]]
-    with pytest.raises(UserError, match="3 images in a batch of 2 pairs: .*--docs"):
+    with pytest.raises(UserError, match="3 images in a batch that may have 2: .*--docs"):
         lcl.pad_rows(torch.ones(3, 2), 2)
 
 
