@@ -268,6 +268,8 @@ def run_and_write(which):
 def run_to_file(which):
     """In a process that does one run after another: what went wrong, or None."""
     key, name, seed = which
+    if os.getppid() != multiprocessing.parent_process().pid:  # it was killed: the study has ended
+        return None
     os.makedirs(f"runs/study/{key}", exist_ok=True)
     output = f"runs/study/{key}/{name}-{seed}.txt"
     with open(output, "w") as f, contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
