@@ -168,21 +168,25 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_nothing_runs(cfg, tmp_p
     state = common.read_checkpoint(f"{cfg.out}/last.pt")
     state["payload"] = Payload(str(tmp_path / "executed"))
     torch.save(state, f"{cfg.out}/last.pt")
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="more than tensors, numbers and strings: remove it"):
         resumed_step(cfg)
     assert not os.path.exists(tmp_path / "executed")
 
 
-def test_a_full_disk_keeps_the_checkpoint_before_and_ends_the_run(cfg, monkeypatch):
+@pytest.mark.parametrize("error, kind, line", [
+    (OSError(28, "No space left on device"), UserError, "step 8 could not be written"),
+    (RuntimeError("DataLoader worker (pid 3) is killed"), RuntimeError, "is killed"),
+])
+def test_a_save_that_fails_keeps_the_checkpoint_before(cfg, monkeypatch, error, kind, line):
     save(cfg, 4)
 
     def fail(state, f):
         f.write(b"begun")
-        raise OSError(28, "No space left on device")
+        raise error
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", fail)
-        with pytest.raises(UserError, match="step 8 could not be written"):
+        with pytest.raises(kind, match=line):
             save(cfg, 8)
     assert os.listdir(cfg.out) == ["last.pt"] and resumed_step(cfg) == 4
 
