@@ -100,9 +100,9 @@ class Config:
 # half of the patches, not a quarter, and pixels weigh less: captions teach more in a short run.
 DEMO = dict(
     image_size=48, patch=8, dim=128, depth=3, heads=4, scale=1.0, flip=False, mask_ratio=0.5,
-    pixel_dim=64, pixel_depth=2, pixel_heads=4, recon_weight=0.3,
+    pixel_dim=64, pixel_depth=2, pixel_heads=4, recon_weight=0.1,
     text_dim=64, text_depth=1, cross_depth=2, text_heads=2, context=24, vocab_size=512,
-    batch=128, steps=600, lr=2e-3, warmup=60, save_every=100,
+    batch=128, steps=720, lr=2e-3, warmup=60, save_every=100,
 )
 
 
