@@ -137,8 +137,8 @@ class Config:
 # every patch for them would contradict the boxes.
 DEMO = dict(
     image_size=48, patch=8, dim=128, depth=3, heads=4, scale=1.0, flip=False, augment=False,
-    text_dim=64, text_depth=2, fusion_depth=2, text_heads=2, embed=64, context=24, vocab_size=512,
-    texts_per_region=2, caption_as_region=False, region_context=24, group=8, batch=64, steps=550,
+    text_dim=64, text_depth=2, fusion_depth=1, text_heads=2, embed=64, context=24, vocab_size=512,
+    texts_per_region=2, caption_as_region=False, region_context=24, group=8, batch=64, steps=570,
     lr=1e-3, warmup=40, momentum=0.99, ramp=0.1, save_every=100,
 )
 

@@ -78,7 +78,8 @@ def test_arms_differ_in_what_the_claim_says_and_in_nothing_else(key, results):
         of_any_script = next(iter(first.values()))
         assert different(cfg, of_any_script, SHARED) <= expected, name
         assert cfg is reference or cfg.out != reference.out
-        of_study = {*arm.settings, *SHARED, "out", "lr", "workers", "init"}
+        of_study = {*arm.settings, *study.WHEN_IT_RAN.get(arm.script, {}), *SHARED,
+                    "out", "lr", "workers", "init"}
         assert not different(cfg, demo, fields - of_study), name
 
 
