@@ -1560,7 +1560,7 @@ def init_encoder(vision, path):
     if not vision.pos_embed.requires_grad:
         tensors["pos_embed"] = own["pos_embed"]
 
-    for name in own.keys() | tensors.keys():
+    for name in {**own, **tensors}:  # in this order, so that the line is the same each time
         theirs = tuple(tensors[name].shape) if name in tensors else "missing"
         ours = tuple(own[name].shape) if name in own else "missing"
         if theirs != ours:

@@ -194,8 +194,8 @@ def test_a_damaged_file_is_not_mistaken_for_a_sound_one(tmp_path):
 
 
 @pytest.mark.parametrize("here,there,message", [
-    ({"dim": 32}, {}, "is (16,) there and (32,) here"),
-    ({"depth": 3}, {}, "is missing there and (16,) here"),
+    ({"dim": 32}, {}, "cls_token is (1, 1, 16) there and (1, 1, 32) here"),
+    ({"depth": 3}, {}, "blocks.2.norm1.weight is missing there and (16,) here"),
     ({}, {"norm_pre.weight": torch.ones(16)}, "norm_pre.weight is (16,) there and missing here"),
     ({"heads": 4}, {}, "has 2 heads, not 4"),
 ], ids=["dim", "depth", "extra", "heads"])
