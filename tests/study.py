@@ -451,13 +451,14 @@ def main(argv=None):
     if not args.list and not args.report:
         run_all(keys, args.seeds, args.jobs)
         return
+    results = read_results()
     rows = []
     for key in keys:
         seeds = range(args.seeds or CLAIMS[key].seeds)
         if args.list:
-            show(read_results(), key, len(seeds))
+            show(results, key, len(seeds))
         else:
-            rows += report(read_results(), key, seeds)
+            rows += report(results, key, seeds)
     if rows and not args.claims:
         draw(rows, PATH.replace(".jsonl", ".png"))
 
