@@ -20,13 +20,11 @@ import argparse
 import contextlib
 import importlib
 import json
-import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
-import traceback
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -68,14 +66,12 @@ class Arm:
     settings: dict = field(default_factory=dict)  # in which it differs from the demo
     toy: dict = field(default_factory=dict)  # options of data.make_toy_data, for training
     share: float = 1.0  # of the claim's steps
-    after: str = None  # the arm whose encoder it starts from
-    as_long_as: tuple = ()  # (slow, fast): fast with more steps, to take the time of slow
+    first: "Arm" = None  # trained before, to start from its encoder
     same_as: str = None  # the claim whose runs of this name are the same
 
 
 @dataclass
 class Claim:
-    """An arm takes samples / batch steps, but for its `share` or `as_long_as`."""
     text: str
     samples: int
     batch: int
@@ -119,7 +115,8 @@ CLAIMS = {  # in the order in which they run
         arms={
             **{mix: Arm("timix", dict(mix=mix), FEW)
                for mix in ("none", "cutmix", "random", "text")},
-            "none-equal-time": Arm("timix", dict(mix="none"), FEW, as_long_as=("text", "none")),
+            # a step of text took 1.08 times as long as one of none (seed 0, on the H200)
+            "none-equal-time": Arm("timix", dict(mix="none"), FEW, share=1.08),
             "none-20000": Arm("timix", dict(mix="none")),
             "text-20000": Arm("timix", dict(mix="text")),
         }),
@@ -157,8 +154,8 @@ CLAIMS = {  # in the order in which they run
         arms={
             **{name: terms(name) for name in TERMS},
             "all": terms(*TERMS),
-            "first-stage": terms("intra", "inter", share=0.5),
-            "two-stages": terms("class", "text", share=0.5, after="first-stage"),
+            "two-stages": terms("class", "text", share=0.5,
+                                first=terms("intra", "inter", share=0.5)),
         }),
     "A": Claim(
         "ALIGN: scale makes up for noise, 40 % of the captions being wrong",
@@ -182,24 +179,14 @@ CLAIMS = {  # in the order in which they run
 
 # ---- runs ----
 
-def n_steps(key, name, results):
-    """Steps of an arm. Of `as_long_as` the seconds of seed 0 decide, whose runs come first."""
-    claim = CLAIMS[key]
-    arm = claim.arms[name]
-    steps = max(1, arm.share * claim.samples / claim.batch)
-    if arm.as_long_as and all((key, other, 0) in results for other in arm.as_long_as):
-        slow, fast = [results[key, other, 0]["seconds"] for other in arm.as_long_as]
-        steps *= slow / fast
-    return round(steps)
+def n_steps(claim, arm):
+    return max(1, round(arm.share * claim.samples / claim.batch))
 
 
-def config(key, name, seed, results):
-    """The Config of a run; makes its toy data."""
-    claim = CLAIMS[key]
-    arm = claim.arms[name]
+def config(claim, arm, seed, out, init=None):
+    """The Config of an arm; makes its toy data."""
     script = importlib.import_module(arm.script)
     training = data.make_toy_data("runs", parts=tuple(claim.sources.values()), **arm.toy)
-    out = f"runs/study/{key}/{name}-{seed}"
     rate = CHOSEN_RATES[arm.script]
     if arm.script in RATE_FOR_256_ROWS:
         rate *= R_BATCH / claim.batch  # the rate of a step as in R
@@ -207,31 +194,36 @@ def config(key, name, seed, results):
                 **arm.settings}
     for source, part in claim.sources.items():
         settings[source] = [f"{training}/{part}"]
-    if arm.after is not None:
-        settings["init"] = f"{out}/init.safetensors"
     settings.update(
-        out=out, seed=seed, workers=0, eval_every=-1, precision="fp32", compile=False,
-        batch=claim.batch, steps=n_steps(key, name, results))
+        out=out, init=init, seed=seed, workers=0, eval_every=-1, precision="fp32", compile=False,
+        batch=claim.batch, steps=n_steps(claim, arm))
     return replace(script.Config(), **settings)
 
 
-def run(key, name, seed, results):
-    """Train and evaluate an arm -> its line. UserError if a signal stopped it."""
-    claim = CLAIMS[key]
-    arm = claim.arms[name]
-    for other in arm.as_long_as:
-        if (key, other, 0) not in results:
-            raise common.UserError(f"{name} takes as long as {other} of seed 0: run that first")
-    cfg = config(key, name, seed, results)
-    device = common.init_distributed()
-    if arm.after is not None:
-        model, _, _ = evaluation.load_model(f"runs/study/{key}/{arm.after}-{seed}/last.pt", device)
-        evaluation.export(model.vision, cfg.init)
+def train(arm, cfg):
+    """-> the checkpoint. UserError if a signal stopped the run."""
     importlib.import_module(arm.script).main(cfg)
     checkpoint = f"{cfg.out}/last.pt"
     if common.read_checkpoint(checkpoint)["step"] < cfg.steps:
         raise common.UserError(f"{cfg.out} is stopped: the same command goes on from there")
-    with open(f"{cfg.out}/log.jsonl") as f:
+    return checkpoint
+
+
+def run(key, name, seed):
+    """Train and evaluate an arm, and write its line."""
+    claim = CLAIMS[key]
+    arm = claim.arms[name]
+    out = folder_of(key, name, seed)
+    device = common.init_distributed()
+    init = None
+    if arm.first is not None:
+        checkpoint = train(arm.first, config(claim, arm.first, seed, f"{out}/first"))
+        vision = evaluation.load_model(checkpoint, device)[0].vision
+        init = f"{out}/init.safetensors"
+        evaluation.export(vision, init)
+    cfg = config(claim, arm, seed, out, init)
+    checkpoint = train(arm, cfg)
+    with open(f"{out}/log.jsonl") as f:
         log = [json.loads(row) for row in f]
     # LCL logs how far its images have become one
     metrics = {metric: log[-1][metric] for metric in claim.metrics if metric in log[-1]}
@@ -244,9 +236,16 @@ def run(key, name, seed, results):
         git = ["git", "rev-parse", "--short", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     name_of_device = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    return {"claim": key, "arm": name, "seed": seed, "steps": cfg.steps, "seconds": seconds,
+    line = {"claim": key, "arm": name, "seed": seed, "steps": cfg.steps, "seconds": seconds,
             "command": f"python tests/study.py --run {key} {name} {seed}",
             "device": name_of_device, "metrics": metrics, "commit": commit}
+    os.makedirs(os.path.dirname(PATH), exist_ok=True)
+    with open(PATH, "a") as f:
+        f.write(json.dumps(line) + "\n")
+
+
+def folder_of(key, name, seed):
+    return f"runs/study/{key}/{name}-{seed}"
 
 
 def evaluate(task, checkpoint, seed, device):
@@ -262,61 +261,36 @@ def evaluate(task, checkpoint, seed, device):
     return {metric: value for metric, value, _ in rows}
 
 
-def run_and_write(which):
-    key, name, seed = which
-    line = run(key, name, seed, read_results())
-    os.makedirs(os.path.dirname(PATH), exist_ok=True)
-    with open(PATH, "a") as f:
-        f.write(json.dumps(line) + "\n")
-
-
-def run_to_file(which):
-    """In a process that does one run after another: what went wrong, or None."""
-    key, name, seed = which
-    if os.getppid() != multiprocessing.parent_process().pid:  # it was killed: the study has ended
-        return None
-    os.makedirs(f"runs/study/{key}", exist_ok=True)
-    output = f"runs/study/{key}/{name}-{seed}.txt"
-    with open(output, "w") as f, contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
-        try:
-            run_and_write(which)
-        except Exception:
-            traceback.print_exc()
-            return f"{key} {name} {seed}: see {output}"
-    return None
-
-
-def start_process(jobs):
-    torch.set_num_threads(1)
-    os.environ["LOCAL_WORLD_SIZE"] = str(jobs)  # runs side by side share the cores as ranks do
-
-
-def run_side_by_side(missing, jobs):
-    """-> what went wrong, a line for each run."""
-    spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    with ProcessPoolExecutor(jobs, spawn, start_process, [jobs]) as pool:
-        results = evaluation.progress(pool.map(run_to_file, missing), "runs", len(missing))
-        return [problem for problem in results if problem is not None]
+def run_apart(which, jobs):
+    """One run in a process of its own -> what went wrong, or None."""
+    output = folder_of(*which) + ".txt"
+    os.makedirs(os.path.dirname(output), exist_ok=True)
+    command = [sys.executable, __file__, "--run", *map(str, which)]
+    environment = {**os.environ, "LOCAL_WORLD_SIZE": str(jobs)}  # share the cores as ranks do
+    with open(output, "w") as f:
+        code = subprocess.run(command, stdout=f, stderr=f, env=environment).returncode
+    return f"{' '.join(map(str, which))}: see {output}" if code else None
 
 
 def run_all(keys, n_seeds, jobs):
-    """The runs that have no line yet: first those that wait for no other."""
-    waves = ([], [])
+    """The runs that have no line yet."""
+    results = read_results()
+    missing = []
     for key in keys:
         for seed in range(n_seeds or CLAIMS[key].seeds):
             for name, arm in CLAIMS[key].arms.items():
-                waits = arm.after is not None or arm.as_long_as
                 which = (arm.same_as or key, name, seed)
-                if which not in waves[bool(waits)]:
-                    waves[bool(waits)].append(which)
-    for wave in waves:
-        results = read_results()
-        missing = [which for which in wave if which not in results]
-        for which in missing:
-            config(*which, results)  # makes the toy data
-        problems = run_side_by_side(missing, jobs)
-        if problems:
-            raise common.UserError(f"{len(problems)} runs have failed: {'; '.join(problems)}")
+                if which not in results and which not in missing:
+                    missing.append(which)
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            runs = pool.map(run_apart, missing, [jobs] * len(missing))
+            problems = list(evaluation.progress(runs, "runs", len(missing)))
+        finally:  # after Ctrl-C no other run starts
+            pool.shutdown(cancel_futures=True)
+    problems = [problem for problem in problems if problem is not None]
+    if problems:
+        raise common.UserError(f"{len(problems)} runs have failed: {'; '.join(problems)}")
 
 
 # ---- report ----
@@ -414,13 +388,15 @@ def draw(rows, path):
     page.save(path)
 
 
-def show(results, key, n_seeds):
+def show(key, n_seeds):
     """Print the arms of a claim and what they are expected to take."""
     claim = CLAIMS[key]
     print(f"\n{key}. {claim.text}: {n_seeds} seeds, {claim.samples:,} samples, "
           f"about {claim.minutes * n_seeds * len(claim.arms)} minutes")
     for name, arm in claim.arms.items():
-        steps = n_steps(key, name, results)
+        steps = n_steps(claim, arm)
+        if arm.first is not None:
+            steps += n_steps(claim, arm.first)
         print(f"    {name:<16}{arm.script:<6}{steps:>4} steps  {arm.settings} {arm.toy}")
     for arm, reference in claim.comparisons:
         print(f"    judged: {claim.metrics[0]}, {arm} minus {reference}")
@@ -442,7 +418,7 @@ def main(argv=None):
         key, name, seed = args.run
         if key not in CLAIMS or name not in CLAIMS[key].arms or not seed.isdigit():
             raise common.UserError(f"--run {key} {name} {seed}: --list names claims and arms")
-        run_and_write((key, name, int(seed)))
+        run(key, name, int(seed))
         return
     keys = args.claims or CLAIMS
     for key in keys:
@@ -456,7 +432,7 @@ def main(argv=None):
     for key in keys:
         seeds = range(args.seeds or CLAIMS[key].seeds)
         if args.list:
-            show(results, key, len(seeds))
+            show(key, len(seeds))
         else:
             rows += report(results, key, seeds)
     if rows and not args.claims:

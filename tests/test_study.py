@@ -7,6 +7,7 @@ import signal
 
 import numpy as np
 import pytest
+import torch
 
 import align
 import common
@@ -26,7 +27,6 @@ DIFFERENCES = {
           "random-weights": {"lr", "steps"}},
     "M": {"text": {"w_class", "w_text"}, "intra": {"w_class", "w_intra"},
           "inter": {"w_class", "w_inter"}, "all": {"w_text", "w_intra", "w_inter"},
-          "first-stage": {"w_class", "w_intra", "w_inter", "steps"},
           "two-stages": {"w_text", "steps", "init"}},
     "A": {"noisy-2500": {"data"}, "noisy-5000": {"data"}, "noisy-10000": {"data"},
           "noisy-20000": {"data"}},
@@ -65,12 +65,12 @@ def different(a, b, names):
 
 @pytest.mark.parametrize("key", study.CLAIMS)
 def test_arms_differ_in_what_the_claim_says_and_in_nothing_else(key, results):
-    known = results({"text": [0.3], "none": [0.2]})  # 30 and 20 seconds
+    claim = study.CLAIMS[key]
     first = {}  # of each script
-    for name, arm in study.CLAIMS[key].arms.items():
+    for name, arm in claim.arms.items():
         script = importlib.import_module(arm.script)
         demo = dataclasses.replace(script.Config(), **script.DEMO)
-        cfg = study.config(key, name, 3, known)
+        cfg = study.config(claim, arm, 3, name, "an encoder" if arm.first else None)
         fields = {field.name for field in dataclasses.fields(cfg)}
         expected = DIFFERENCES[key].get(name, set())
         reference = first.setdefault(arm.script, cfg)
@@ -83,9 +83,14 @@ def test_arms_differ_in_what_the_claim_says_and_in_nothing_else(key, results):
         assert not different(cfg, demo, fields - of_study), name
 
 
-def test_equal_time_is_taken_from_the_seconds_of_seed_0(results):
-    known = results({"text": [0.3, 0.9], "none": [0.2, 0.2]})
-    assert study.n_steps("T", "none-equal-time", known) == 1.5 * study.n_steps("T", "none", known)
+def test_two_stages_take_as_many_steps_as_one_and_each_target_once():
+    claim = study.CLAIMS["M"]
+    second = claim.arms["two-stages"]
+    stages = (second.first, second)
+    steps = [study.n_steps(claim, stage) for stage in stages]
+    assert sum(steps) == study.n_steps(claim, claim.arms["all"])
+    for term in study.TERMS:
+        assert sum(stage.settings[f"w_{term}"] for stage in stages) == 1
 
 
 @pytest.mark.parametrize("i", range(len(study.T_CRITICAL)))
@@ -129,14 +134,19 @@ def test_a_report_names_missing_seeds_and_leaves_the_verdict_open(results, capsy
     assert "T: text minus random |" not in report  # one pair has no deviation
 
 
-def test_a_stopped_study_goes_on_where_it_stopped(toy_data, results, monkeypatch, tmp_path):
-    claim = dataclasses.replace(study.CLAIMS["A"], samples=128, batch=16)
-    claim.arms = {"clean": study.Arm("align")}
+def small_claim(claim, toy_data, monkeypatch, tmp_path):
+    """Put a claim of ALIGN in the place of A, on tiny data and models."""
     monkeypatch.setitem(study.CLAIMS, "A", claim)
     monkeypatch.setattr(study, "ENCODER", {})
     monkeypatch.setattr(align, "DEMO", {**TINY, **TINY_OF["align"], "eval_every": 0})
     monkeypatch.setattr(data, "make_toy_data", lambda *args, **options: toy_data)
     monkeypatch.chdir(tmp_path)
+
+
+def test_a_stopped_study_goes_on_where_it_stopped(toy_data, results, monkeypatch, tmp_path):
+    claim = dataclasses.replace(study.CLAIMS["A"], samples=128, batch=16)
+    claim.arms = {"clean": study.Arm("align")}
+    small_claim(claim, toy_data, monkeypatch, tmp_path)
     command = ["--run", "A", "clean", "0"]
     with signal_at_step(signal.SIGTERM, 5), pytest.raises(common.UserError, match="is stopped"):
         study.main(command)
@@ -148,17 +158,36 @@ def test_a_stopped_study_goes_on_where_it_stopped(toy_data, results, monkeypatch
     assert 0 <= line["metrics"]["zeroshot_seen"] <= 1
 
 
-def test_only_what_has_no_line_is_run_and_what_waits_for_others_comes_last(results, monkeypatch):
-    results({"class": [0.1], "first-stage": [0.2]}, "M")
-    waves = []
+def test_a_second_stage_starts_from_the_encoder_of_the_first(toy_data, results, monkeypatch,
+                                                             tmp_path):
+    claim = dataclasses.replace(study.CLAIMS["A"], samples=32, batch=16)
+    claim.arms = {"two": study.Arm("align", dict(lr=0.0), first=study.Arm("align", dict(seed=7)))}
+    small_claim(claim, toy_data, monkeypatch, tmp_path)
+    study.main(["--run", "A", "two", "0"])
+    first, second = [common.read_checkpoint(f"runs/study/A/two-0/{name}last.pt")["model"]
+                     for name in ("first/", "")]
+    for name in first:
+        same = torch.equal(first[name], second[name])
+        assert same == name.startswith("vision."), name
 
-    def run_side_by_side(missing, jobs):
-        waves.append(missing)
-        return ["M inter 0: see there"] if len(waves) == 1 else []
 
-    monkeypatch.setattr(study, "run_side_by_side", run_side_by_side)
+def test_only_what_has_no_line_is_run_and_what_fails_is_named(results, monkeypatch):
+    results({"class": [0.1], "text": [0.2]}, "M")
+    started = []
+
+    def run_apart(which, jobs):
+        started.append(which)
+        return "M inter 0: see there" if which[1] == "inter" else None
+
+    monkeypatch.setattr(study, "run_apart", run_apart)
     with pytest.raises(common.UserError, match="1 runs have failed: M inter 0: see there"):
         study.main(["M", "--seeds", "1"])
-    assert waves == [[("M", name, 0) for name in ("text", "intra", "inter", "all")]]
-    study.main(["M", "--seeds", "1"])
-    assert waves[2] == [("M", "two-stages", 0)]
+    assert started == [("M", name, 0) for name in ("intra", "inter", "all", "two-stages")]
+
+
+def test_a_run_apart_is_the_same_command_and_its_output_is_kept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    problem = study.run_apart(("T", "no-such-arm", 0), 2)
+    assert problem == "T no-such-arm 0: see runs/study/T/no-such-arm-0.txt"
+    with open(problem.split()[-1]) as f:
+        assert "--run T no-such-arm 0: --list names claims and arms" in f.read()
