@@ -616,8 +616,8 @@ def parse(Config, DEMO, doc="", argv=None):
     if "size" in given:
         dim, depth, heads = SIZES[given["size"]]
         given = {"dim": dim, "depth": depth, "heads": heads, **given}
-    training_data = set(data_fields(Config)) - {"val"}
-    values = given if training_data & given.keys() else {**DEMO, **given}
+    is_demo = not any(name in given for name in training_fields(Config))
+    values = {**DEMO, **given} if is_demo else given
     if values.get("init"):
         import eval as evaluation  # reads encoder files
         values = {**values, **evaluation.fields_from_init(values["init"], Config, given)}
@@ -626,9 +626,10 @@ def parse(Config, DEMO, doc="", argv=None):
     return cfg
 
 
-def data_fields(Config):
-    """Names of the fields that hold paths of shards: those of type list."""
-    return [field.name for field in dataclasses.fields(Config) if field.type is list]
+def training_fields(Config):
+    """Names of the fields that hold paths of training shards: those of type list but `val`."""
+    fields = dataclasses.fields(Config)
+    return [field.name for field in fields if field.type is list and field.name != "val"]
 
 
 def check_values(cfg):
@@ -811,7 +812,7 @@ def check_same_run(cfg, state):
     if state["method"] != cfg.method:
         raise UserError(f"--out {cfg.out} holds a run of {state['method']}, not of {cfg.method}: "
                         "choose another --out, or --fresh")
-    free = FREE + data_fields(type(cfg))
+    free = [*FREE, "val", *training_fields(cfg)]
     changed = []
     for name, value in dataclasses.asdict(cfg).items():
         before = state["config"].get(name)

@@ -86,7 +86,8 @@ def expand_braces(pattern):
     if names is not None:
         choices = names.split(",")
     else:
-        width = len(first) if first.startswith("0") else 0
+        is_padded = re.match(r"0\d", first) or re.match(r"0\d", last)
+        width = max(len(first), len(last)) if is_padded else 0
         step = 1 if int(first) <= int(last) else -1
         choices = [f"{i:0{width}d}" for i in range(int(first), int(last) + step, step)]
     before = pattern[:match.start()]
@@ -1755,9 +1756,8 @@ def use_toy_data(cfg, **fields):
     if cfg.val:
         for pattern in cfg.val:
             expand(pattern, "test")  # a mistyped --val is an error now, not after the last step
-    for name in ("data", "docs", "labels"):
-        if getattr(cfg, name, None):
-            return cfg
+    if any(getattr(cfg, name) for name in common.training_fields(cfg)):
+        return cfg
     if not fields:
         fields = {"data": "pairs"}
     parts = dict.fromkeys(["pairs", "labels", *fields.values()])

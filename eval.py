@@ -1166,8 +1166,8 @@ def check_held_out(cfg):
     """For the start of a training: UserError where classes of cfg.val lack names or prompts, and a
     warning where held-out shards are also trained on."""
     trained_on = set()
-    for name in ("data", "docs", "labels"):
-        if getattr(cfg, name, None):
+    for name in common.training_fields(cfg):
+        if getattr(cfg, name):
             trained_on.update(map(os.path.realpath, data.expand(getattr(cfg, name))))
     for pattern in cfg.val if cfg.val else []:
         paths = data.expand(pattern, "test")
@@ -1197,7 +1197,7 @@ def held_out_pairs(cfg):
         index = data.open_index(pattern, "test")
         if kind_of(index) == "captions":
             return index, "held-out pairs"
-    fields = [getattr(cfg, name) for name in common.data_fields(type(cfg)) if name != "val"]
+    fields = [getattr(cfg, name) for name in common.training_fields(cfg)]
     training = [patterns for patterns in fields if patterns]
     return data.open_index(data.expand(training[0])[:1]), "training images"
 

@@ -94,6 +94,14 @@ def test_sources_braces_and_globs_are_joined_in_order_and_each_file_is_named_onc
     assert names == ["b-09.tar", "b-10.tar", "a-09.tar", "a-10.tar"]
 
 
+@pytest.mark.parametrize("pattern, names", [
+    ("{8..11}", "8 9 10 11"), ("{08..11}", "08 09 10 11"), ("{10..09}", "10 09"),
+    ("{2..0}", "2 1 0"), ("{a,b}{0..1}", "a0 a1 b0 b1"),
+])
+def test_braces_are_expanded_as_in_a_shell(pattern, names):
+    assert data.expand_braces(pattern) == names.split()
+
+
 @pytest.mark.parametrize("train, test", [
     ("cc3m-train-0000.tar", "cc3m-validation-00.tar"), ("train2017/0.tar", "imagenetVal-0.tar"),
 ])

@@ -3,6 +3,7 @@ import io
 import json
 import math
 import tarfile
+from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 
@@ -331,8 +332,14 @@ def test_a_match_score_that_knows_better_reranks_on_any_number_of_ranks(tmp_path
 
 # ---- a script's own evaluation ----
 
-def held_out_cfg(folder, *patterns):
-    return SimpleNamespace(**vars(CFG), val=list(patterns), out=str(folder))
+@dataclass
+class HeldOut:
+    """What an evaluation reads of a Config."""
+    out: str
+    val: list
+    data: list = None
+    context: int = CFG.context
+    precision: str = CFG.precision
 
 
 def test_results_of_two_sets_stand_apart_beside_untrained_features_and_what_cannot_run(
@@ -342,7 +349,7 @@ def test_results_of_two_sets_stand_apart_beside_untrained_features_and_what_cann
     for folder, n in ((a, 7), (b, 8)):
         write_shard(folder / "train-0.tar", RED_BLUE)
         write_shard(folder / "test-0.tar", RED_BLUE[:n])
-    cfg = held_out_cfg(tmp_path, str(a), str(b))
+    cfg = HeldOut(str(tmp_path), [str(a), str(b)])
     result = evaluation.evaluate(Reader(), BYTES, cfg, CPU)
     assert result == json.loads((tmp_path / "result.json").read_text())
     assert result["knn"] == result["linear"] == 1
@@ -364,7 +371,7 @@ def test_shards_are_of_the_kind_of_their_first_sample(tmp_path):
 
 def test_class_lists_that_do_not_fit_are_refused_by_a_training_and_by_an_evaluation(tmp_path):
     paths = color_shards(tmp_path)
-    cfg = held_out_cfg(tmp_path, str(tmp_path / "l"))
+    cfg = HeldOut(str(tmp_path), [str(tmp_path / "l")])
     evaluation.check_held_out(cfg)
 
     def assert_refused(file, text, message):

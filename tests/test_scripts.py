@@ -183,7 +183,7 @@ def weights_at_start(name, cfg):
 
 def test_init_takes_weights_vocabulary_and_sizes_of_the_same_method(whole, tmp_path):
     name, cfg, _, state, _ = whole
-    fields = {field: [str(tmp_path)] for field in common.data_fields(type(cfg)) if field != "val"}
+    fields = {field: [str(tmp_path)] for field in common.training_fields(cfg)}
     argv = [x for field, paths in fields.items() for x in (common.flag(field), *paths)]
     new = parsed(name, "--init", f"{cfg.out}/last.pt", "--out", f"{tmp_path}/new", *argv)
     for field in cfg.model_fields:
