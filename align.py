@@ -3,15 +3,16 @@
     python align.py                                           # toy data: trains, evaluates, draws
     python align.py --data 'cc3m/*.tar' --val coco/ --size s  # your shards: KEY.jpg and KEY.txt
     torchrun --standalone --nproc_per_node 8 align.py --data 'cc3m/*.tar'
-    python align.py --data coco/ --init runs/align/last.pt --lr 1e-5 --out runs/coco  # fine-tune
+    python align.py --data coco/ --init runs/align/last.pt --out runs/coco \
+        --batch 2048 --steps 6000 --lr 1e-5                   # fine-tune for retrieval, paper s5.1
 
 Reading order: contrastive_loss (the method, Eq. 1-2), ALIGN (the model), Lamb, main.
 
 Departures from the paper:
 - ViT and a pre-norm text transformer instead of EfficientNet and BERT; no dropout
 - 224 pixels instead of 289; byte-level BPE instead of WordPiece
-- LAMB, of which the paper gives no details: vectors get no decay and no trust ratio, the
-  temperature gets one; q, k, v are one matrix and get one ratio
+- LAMB, of which the paper gives no details: biases and gains get no decay and no trust ratio,
+  the temperature gets the ratio; q, k, v are one matrix and get one ratio
 - the outputs of all transformer branches start at a tenth of their usual size
 
 Dimension key: B pairs of this rank, G of all ranks, S pixels a side, L text tokens, E = --dim.
@@ -85,7 +86,7 @@ class Config:
 # are. From a temperature of 1.0 a run of this length comes down to about 0.5 at best.
 DEMO = dict(
     image_size=48, patch=8, dim=128, depth=3, heads=4, resize=1.0, flip=False,
-    text_dim=64, text_depth=2, text_heads=2, context=16, vocab_size=512, temperature=0.07,
+    text_dim=64, text_depth=1, text_heads=2, context=16, vocab_size=512, temperature=0.07,
     batch=128, steps=500, lr=3e-3, warmup=40, save_every=100,
 )
 
@@ -97,7 +98,6 @@ class ALIGN(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.image_size = cfg.image_size
         self.resize = cfg.resize
         # the class token is not pooled; it makes the encoder one that all scripts can start from
         self.vision = ViT(cfg.image_size, cfg.patch, cfg.dim, cfg.depth, cfg.heads,
@@ -127,7 +127,7 @@ class ALIGN(nn.Module):
 
     def held_out_view(self, image):
         """Paper s5: squashed to a square, central crop."""
-        return data.resize_and_crop(image, self.image_size, full=self.resize)
+        return data.resize_and_crop(image, self.vision.image_size, full=self.resize)
 
 
 # ---- objective ----
@@ -186,15 +186,14 @@ class Lamb(torch.optim.Optimizer):
         state["v"].mul_(beta2).addcmul_(w.grad, w.grad, value=1 - beta2)
         m_hat = state["m"] / (1 - beta1 ** state["step"])
         v_hat = state["v"] / (1 - beta2 ** state["step"])
-        update = m_hat / (v_hat.sqrt() + group["eps"])
+        u = m_hat / (v_hat.sqrt() + group["eps"])
         if w.ndim >= 2:
-            update += group["wd"] * w
+            u += group["wd"] * w
         if w.ndim != 1:  # two or more dimensions, or the temperature
             w_norm = w.norm()
-            update_norm = update.norm()
-            ratio = torch.where((w_norm > 0) & (update_norm > 0), w_norm / update_norm, 1.0)
-            update *= ratio
-        w -= group["lr"] * update
+            u_norm = u.norm()
+            u *= torch.where((w_norm > 0) & (u_norm > 0), w_norm / u_norm, 1.0)  # trust ratio
+        w -= group["lr"] * u
 
 
 def linear_lr(step, steps, warmup, max_lr):
@@ -293,8 +292,10 @@ def draw(model, tokenizer, cfg, device):
     evaluation.curves(f"{cfg.out}/log.jsonl", f"{cfg.out}/curves.png",
                       ["loss", "lr", "temperature", "grad_norm"],
                       f"ALIGN, {cfg.steps} steps of {cfg.batch}")
+    # rows of image and text; owner (T,): the image of each text; ids (I,): its number in the index
     similarity = text @ image.T  # (T, I)
     first_text = torch.searchsorted(owner, torch.arange(len(image)))  # of each image
+    n_nearest = min(5, len(image), len(text))
 
     def caption(t):
         captions = index[ids[owner[t]]].captions(lines=True)
@@ -307,15 +308,15 @@ def draw(model, tokenizer, cfg, device):
     for i in torch.linspace(0, len(image) - 1, 6).long().tolist():
         t = int(first_text[i])
         cells.append((None, caption(t), None))
-        for j in similarity[t].topk(5).indices.tolist():
+        for j in similarity[t].topk(n_nearest).indices.tolist():
             frame = "green" if j == i else None
             cells.append((picture(j), f"{similarity[t, j]:.2f}", frame))
         cells.append((picture(i), "", None))
-        for u in similarity[:, i].topk(5).indices.tolist():
+        for u in similarity[:, i].topk(n_nearest).indices.tolist():
             frame = "green" if owner[u] == i else None
             cells.append((None, caption(u), frame))
-    evaluation.sheet(cells, f"{cfg.out}/retrieval.png", 6,
-                     f"Query (left) and its five nearest among {len(image)} {title}", 128)
+    evaluation.sheet(cells, f"{cfg.out}/retrieval.png", 1 + n_nearest,
+                     f"Query (left) and its nearest among {len(image)} {title}", size=128)
 
 
 if __name__ == "__main__":

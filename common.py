@@ -1,6 +1,6 @@
 """What the five scripts share: transformers, ranks, seeds, precision, command line, checkpoints.
 
-Nothing here knows a loss. Reading order: ViT and Block (the models), all_gather_with_grad and
+No loss is here. Reading order: ViT and Block (the models), all_gather_with_grad and
 average_gradients (what makes many ranks one run), then resume_from and Log.
 
 Dimension key: B rows of this rank, N patches, K kept patches, L tokens, D width, H heads, P numbers
@@ -485,6 +485,14 @@ def check_batch(batch, group=None):
                         f"try {remedy}")
 
 
+def partner(x, group):
+    """(B, ...) -> the partners' rows: each group of consecutive rows in reverse.
+
+    Its own inverse; as groups are even, no row is its own partner. Ranks hold whole groups.
+    """
+    return x.unflatten(0, (-1, group)).flip(1).flatten(0, 1)
+
+
 def cpu_count():
     """CPU cores of this rank: those lent to the process, shared by the ranks of this machine."""
     if hasattr(os, "sched_getaffinity"):
@@ -507,7 +515,6 @@ class Stream(enum.IntEnum):
     BATCH = 4  # (seed, step): what each row of a global batch draws
     STEP = 5  # (seed, step): what all rows of a step share
     FIGURE = 6  # (seed,): pictures
-    HEAD = 7  # (seed, step): training of heads
     TOY = 8  # (seed, part, number): toy data
 
 
@@ -531,14 +538,6 @@ def batch_noise(seed, step, batch, *shape, device=torch.device("cpu")):
     if device.type == "cuda":
         noise = noise.pin_memory()  # else the host would wait for the device
     return noise.to(device, non_blocking=True)
-
-
-def partner(x, group):
-    """(B, ...) -> the partners' rows: each group of consecutive rows in reverse.
-
-    Its own inverse; as groups are even, no row is its own partner. Ranks hold whole groups.
-    """
-    return x.unflatten(0, (-1, group)).flip(1).flatten(0, 1)
 
 
 # ---- precision and schedule ----
@@ -634,16 +633,20 @@ def training_fields(Config):
 
 def check_values(cfg):
     """Numbers are not negative, sizes at least 1, scales positive, shares at most 1."""
-    at_least = {"eval_every": -1, "context": 3, "scale": 1e-3, "temperature": 1e-6}
-    for name in ("batch steps image_size patch dim depth heads text_dim text_heads vocab_size "
-                 "save_every log_every").split():
+    at_least = {"eval_every": -1, "scale": 1e-3, "temperature": 1e-6, "resize": 1}
+    for name in "batch steps image_size patch depth vocab_size save_every log_every".split():
         at_least[name] = 1
     for name, value in dataclasses.asdict(cfg).items():
-        if not isinstance(value, (int, float)):
+        if type(value) not in (int, float):  # a bool is an int, too
             continue
-        if not value >= at_least.get(name, 0):
-            raise UserError(f"{flag(name)} {value}: at least {at_least.get(name, 0)} is needed")
-        if name.endswith(("scale", "share", "ratio", "momentum")) and value > 1:
+        least = at_least.get(name, 0)
+        if name.endswith(("dim", "heads", "embed")):
+            least = 1
+        if name.endswith("context"):  # in tokens: begin, a word, end
+            least = 3
+        if not value >= least:
+            raise UserError(f"{flag(name)} {value}: at least {least} is needed")
+        if name.endswith(("scale", "share", "ratio", "momentum", "smoothing")) and value > 1:
             raise UserError(f"{flag(name)} {value}: at most 1 is possible")
 
 
@@ -736,22 +739,30 @@ def lock_folder(folder):
     return lock
 
 
-def read_checkpoint(path):
-    """The dict that save() wrote. ValueError for anything else, FileNotFoundError for none."""
+def load_torch_file(path):
+    """What a torch file of tensors, numbers and strings holds; nothing in it is executed.
+
+    ValueError for anything else, FileNotFoundError for none.
+    """
     try:
-        damaged = zipfile.ZipFile(path).testzip()  # torch does not check the archive's CRCs
-        if damaged is not None:
-            raise ValueError(f"member {damaged} is damaged")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip() is not None:
+            raise ValueError("it is damaged")  # torch does not check
+        return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
-    except pickle.UnpicklingError:  # whose message is torch's advice
-        holds = "it holds more than tensors, numbers and strings"
-        raise ValueError(f"{path}: {holds}") from None
+    except pickle.UnpicklingError as error:  # whose first line is torch's advice
+        blocked = re.search(r"(?:GLOBAL|class|global) ([\w.]+\.[\w.]+)", str(error))
+        what = blocked[1] if blocked else "other objects"
+        raise ValueError(f"it holds {what}, not tensors alone; save the state_dict() alone")
     except Exception as error:  # zip, pickle and torch each have their own errors for a bad file
-        raise ValueError(f"{path}: {one_line(error)}") from None
+        raise ValueError(one_line(error))
+
+
+def read_checkpoint(path):
+    """The dict that save() wrote. ValueError for anything else, FileNotFoundError for none."""
+    state = load_torch_file(path)
     if not isinstance(state, dict) or "method" not in state or "config" not in state:
-        raise ValueError(f"{path}: not a checkpoint of this project")
+        raise ValueError("it is no checkpoint of this project")
     return state
 
 
@@ -801,7 +812,7 @@ def resume_from(cfg, model, optimizer):
     try:
         state = read_checkpoint(path)
     except ValueError as error:
-        raise UserError(f"unreadable checkpoint {error}: remove it, or --fresh starts anew")
+        raise UserError(f"{path} cannot be read ({error}): remove it, or --fresh starts anew")
     check_same_run(cfg, state)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
@@ -872,7 +883,8 @@ def is_eval_step(step, cfg):
 
 
 class Log:
-    """A line in out/log.jsonl and on the screen every cfg.log_every steps and at each save.
+    """A line in out/log.jsonl every cfg.log_every steps and at each save; on the screen a bar, or
+    where that is no terminal a line now and then.
 
     Reading values waits for the device, which is why it is not done at every step. All ranks call
     the log at every step. It raises UserError on all of them when more than a tenth of the samples
@@ -921,13 +933,13 @@ class Log:
         packed = torch.stack([value.detach().double().cpu() for value in values.values()])
         counts = torch.cat([self.skipped, torch.tensor([int(self.signalled)])]).double()
         sums = all_reduce_sum(torch.cat([packed, counts]))
-        for name, total in zip(values, sums.tolist()):
-            values[name] = total / world_size()
+        n = len(values)
+        means = dict(zip(values, (sums[:n] / world_size()).tolist()))
+        self.total_skipped += sums[n:-1].long()
         self.stop = sums[-1].item() > 0
-        self.total_skipped += sums[len(values):-1].long()
         self.skipped.zero_()
-        self.write(step, lr, values)
-        self.check(step, values)
+        self.write(step, lr, means)
+        self.check(step, means)
         if self.stop or is_save_step(step, self.cfg):
             self.saved_step = step + 1  # main saves now
 
@@ -966,11 +978,11 @@ class Log:
             problem = (f"{n_unreadable} of {n_samples} samples could not be read: "
                        "python data.py check names them")
         if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
-            checkpoint = "none"
+            last_checkpoint = "none"
             if self.saved_step:
-                checkpoint = f"{self.cfg.out}/last.pt of step {self.saved_step}"
+                last_checkpoint = f"{self.cfg.out}/last.pt of step {self.saved_step}"
             problem = (f"loss {values['loss']}, gradient norm {values['grad_norm']} at step "
-                       f"{step}: try a lower --lr; last checkpoint: {checkpoint}")
+                       f"{step}: try a lower --lr; last checkpoint: {last_checkpoint}")
         if problem is not None:
             self.close()
             raise UserError(problem)

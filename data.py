@@ -377,10 +377,11 @@ class Index:
 
     paths: the shards; starts (shards + 1,): number of each shard's first sample, and of samples;
     members: MEMBER rows of all files; samples: SAMPLE rows, and one that ends the last sample.
+    cache_folder: of the tables; None = vlp-index in XDG_CACHE_HOME or ~/.cache.
     Raises UserError if a shard cannot be opened or there is no sample at all.
     """
 
-    def __init__(self, paths):
+    def __init__(self, paths, cache_folder=None):
         self.paths = [os.path.abspath(p) for p in paths]
         self.stamps = []  # [size, time] of the shards
         for path in self.paths:
@@ -391,10 +392,12 @@ class Index:
                 raise UserError(f"shard {path} cannot be read ({error.strerror})") from None
             self.stamps.append([status.st_size, status.st_mtime_ns])
         name = hashlib.sha256(json.dumps([self.paths, self.stamps]).encode()).hexdigest()[:24]
-        cache = os.environ.get("XDG_CACHE_HOME")
-        if not cache:  # an empty one counts as none
-            cache = os.path.expanduser("~/.cache")
-        self.cache = os.path.join(cache, "vlp-index", name)
+        if cache_folder is None:
+            caches = os.environ.get("XDG_CACHE_HOME")
+            if not caches:  # an empty one counts as none
+                caches = os.path.expanduser("~/.cache")
+            cache_folder = os.path.join(caches, "vlp-index")
+        self.cache = os.path.join(cache_folder, name)
         if not self._load():
             self._build()
             assert self._load(), f"{self.cache}.* changed while it was written"
@@ -714,16 +717,16 @@ class Sample:
             raise Skip("no box")
         return records
 
-    def boxes(self, width, height, *fields):
-        """[(x, y, w, h, text, *its other `fields`)] in pixels of the upright image, width x height.
+    def boxes(self, *fields):
+        """[(x, y, w, h, text, *its other `fields`)] in pixels of the upright image.
 
         From the record's "boxes" ({x, y, w, h, text}) or "segments" ({bbox, name}), in pixels of
         the image as stored; cut at its edges. What is malformed, outside or without a text is left
         out. Skip if none is left.
         """
-        turn = orientation(open_image(self.image_bytes()))
-        if turn >= 5:  # a quarter turn: stored sides are the other way round
-            width, height = height, width
+        image = open_image(self.image_bytes())
+        width, height = image.size
+        turn = orientation(image)
         boxes = []
         for record in self.box_records():
             box = read_box(record, width, height)
@@ -1306,7 +1309,6 @@ COLORS = {"red": (225, 30, 35), "pink": (255, 125, 190), "yellow": (245, 220, 30
           "purple": (145, 45, 190), "white": (250, 250, 250)}  # each goes with "a", not "an"
 BACKGROUNDS = {"grey": (112, 112, 114), "brown": (112, 84, 60), "dark": (52, 52, 58),
                "khaki": (92, 98, 60)}  # muted: unlike the color of any object
-TEXTURES = ("plain", "striped", "dotted")
 ANGLES = np.linspace(0, 2 * np.pi, 60, endpoint=False)
 CIRCLE = (0.5 + 0.5 * np.sin(ANGLES), 0.5 - 0.5 * np.cos(ANGLES))
 SPIKES = np.array([0.52, 0.22] * 5)  # radii
@@ -1680,7 +1682,7 @@ def noisy_captions(captions, number, seed, noise, scenes):
     return [pick(rng, BOILERPLATE).format(rng.integers(100, 10_000))]
 
 
-def add(tar, name, raw):
+def add_file(tar, name, raw):
     """Add bytes to a tar under a name; times and owners are 0, so that archives repeat."""
     info = tarfile.TarInfo(name)
     info.size = len(raw)
@@ -1697,7 +1699,7 @@ def write_toy_shard(path, stream, numbers, **options):
                     raw = file.getvalue()
                 else:
                     raw = json.dumps(value).encode()
-                add(tar, f"{number:08d}.{suffix}", raw)
+                add_file(tar, f"{number:08d}.{suffix}", raw)
 
 
 def make_toy_data(root="runs", scenes=20_000, documents=4_000, seed=0, noise=0.0,
@@ -1753,9 +1755,6 @@ def use_toy_data(cfg, **fields):
 
     fields: the part of the toy data that each field of cfg takes; data="pairs" if none is given.
     """
-    if cfg.val:
-        for pattern in cfg.val:
-            expand(pattern, "test")  # a mistyped --val is an error now, not after the last step
     if any(getattr(cfg, name) for name in common.training_fields(cfg)):
         return cfg
     if not fields:
@@ -2204,7 +2203,7 @@ def write_shards(shards, out, split):
                 with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
                     for key, members in samples:
                         for suffix, raw in members.items():
-                            add(tar, f"{key}.{suffix}", raw)
+                            add_file(tar, f"{key}.{suffix}", raw)
                         count += 1
             for name in os.listdir(folder):
                 os.replace(f"{folder}/{name}", f"{out}/{name}")
@@ -2430,7 +2429,8 @@ def check_shard(path):
     except UserError as error:
         lines.append(f"{path}: {error}")
     try:
-        index = Index([path])
+        with tempfile.TemporaryDirectory() as folder:  # one table a shard would fill the cache
+            index = Index([path], folder)
     except UserError as error:
         return 0, [*lines, f"{path}: {error}"]
     notes = index.notes.get(index.paths[0], {})

@@ -24,6 +24,7 @@ import collections
 import copy
 import functools
 import importlib
+import itertools
 import json
 import math
 import os
@@ -31,7 +32,6 @@ import re
 import sys
 import textwrap
 import time
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -210,9 +210,9 @@ def embed_pairs(model, tokenizer, index, cfg, device):
 
 # ---- metrics ----
 # Fractions of 1, but for CIDEr. Of equal scores the earlier index ranks first, so that a constant
-# model does not score 100 %; ranks and knn never count a NaN as right.
+# model does not score 100 %; target_ranks and knn never count a NaN as right.
 
-def ranks(scores, target):
+def target_ranks(scores, target):
     """Place of each row's target, 0 = best: how many in its row are larger, or equal and earlier.
 
     scores (N, C), target (N,) column numbers -> (N,) int64. A target with a NaN is last of all.
@@ -237,7 +237,7 @@ def accuracy(scores, labels, k=1):
     assert len(scores) == len(labels) > 0, f"{len(scores)} rows of scores, {len(labels)} labels"
     if k > scores.shape[1]:
         return None
-    return (ranks(scores, labels) < k).double().mean().item()
+    return (target_ranks(scores, labels) < k).double().mean().item()
 
 
 def recall_at_k(sim, owner, ks=(1, 5, 10)):
@@ -250,7 +250,7 @@ def recall_at_k(sim, owner, ks=(1, 5, 10)):
     """
     n_texts, n_images = sim.shape
     assert owner.shape == (n_texts,) and n_texts > 0, f"owner {tuple(owner.shape)}, {n_texts} texts"
-    t2i = ranks(sim, owner)
+    t2i = target_ranks(sim, owner)
 
     # of an image's own texts only the best one matters: the highest score, then the earliest
     own_scores = sim.gather(1, owner[:, None])[:, 0]
@@ -259,7 +259,7 @@ def recall_at_k(sim, owner, ks=(1, 5, 10)):
     first = torch.full((n_images,), n_texts, device=sim.device)  # n_texts: no text of its own
     first = first.scatter_reduce(0, owner, place, "amin")
     best_text = order[first.clamp(max=n_texts - 1)]
-    i2t = ranks(sim.T, best_text)[first < n_texts]
+    i2t = target_ranks(sim.T, best_text)[first < n_texts]
 
     return {
         "i2t": {k: (i2t < k).double().mean().item() for k in ks},
@@ -804,7 +804,7 @@ def zeroshot(model, tokenizer, paths, cfg, device):
     """
     names = class_names(paths)
     templates = class_templates(paths)
-    index = data.open_index(paths, "test")
+    index = data.open_index(paths)
     image, labels, _ = embed_labelled(model, index, cfg, device, model.encode_image)
     check_labels(labels, names, paths)
 
@@ -814,7 +814,7 @@ def zeroshot(model, tokenizer, paths, cfg, device):
     text = encode_texts(model, tokenizer, prompts, cfg, device)
     classifier = prompt_ensemble(text.unflatten(0, (len(names), len(templates))))
     scores = image @ classifier.T
-    predicted = labels.where(ranks(scores, labels) < 1, -1)  # -1: another class is first
+    predicted = labels.where(target_ranks(scores, labels) < 1, -1)  # -1: another class is first
 
     rows = []
     for suffix, group in seen_and_unseen(paths, names, labels).items():
@@ -832,7 +832,7 @@ def retrieval(model, tokenizer, paths, cfg, device):
 
     With match_score also _itm: each query's 16 best in the order of that score.
     """
-    index = data.open_index(paths, "test")
+    index = data.open_index(paths)
     image, text, owner, ids = embed_pairs(model, tokenizer, index, cfg, device)
     sim = text @ image.T
     rows = recall_rows(recall_at_k(sim, owner), owner)
@@ -893,7 +893,7 @@ def open_parts(paths, need):
         folder = os.path.dirname(os.path.abspath(paths[0]))
         raise UserError(f"{need}, and there are none beside {paths[0]} or one folder up: "
                         f"put train-*.tar into {folder}")
-    return data.open_index(train_paths, "train"), data.open_index(paths, "test")
+    return data.open_index(train_paths), data.open_index(paths)
 
 
 def frozen_features(model, paths, cfg, device, fn):
@@ -962,7 +962,7 @@ CAPTION_LENGTH = 40  # tokens, ours
 
 def caption(model, tokenizer, paths, cfg, device):
     """Greedy captions, against the reference captions or, on labelled shards, the class's name."""
-    index = data.open_index(paths, "test")
+    index = data.open_index(paths)
     has_classes = kind_of(index) == "classes"
 
     def generate(images):
@@ -1067,7 +1067,7 @@ def kind_of(index):
 
 def protocols_for(model, paths):
     """{task: protocol}: what these shards and this model allow within minutes."""
-    kind = kind_of(data.open_index(paths, "test"))
+    kind = kind_of(data.open_index(paths))
     tasks = {}
     if kind == "captions":
         tasks = {"retrieval": retrieval, "caption": caption}
@@ -1175,7 +1175,7 @@ def check_held_out(cfg):
         if both:
             print0(f"warning: {len(both)} of the held-out shards are also trained on, such as "
                    f"{both[0]}: give --data a folder, which leaves them out, or other files")
-        index = data.open_index(paths, "test")
+        index = data.open_index(paths)
         if kind_of(index) != "classes":
             continue
         names = class_names(paths)
@@ -1433,7 +1433,8 @@ def load_model(path, device):
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give last.pt of a run")
     except ValueError as error:
-        raise UserError(f"{error}: give last.pt of a run; an encoder file starts one with --init")
+        raise UserError(f"{path} cannot be read ({error}): give last.pt of a run; an encoder file "
+                        "starts one with --init")
     method = state["method"]
     if method not in METHODS:
         raise UserError(f"{path} is a checkpoint of {method}: known are {', '.join(METHODS)}")
@@ -1469,17 +1470,9 @@ def read_safetensors(path):
     return tensors, meta
 
 
-def load_torch_file(path):
-    """A torch file of plain tensors, of which nothing is executed -> {name: tensor}, metadata."""
-    if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip() is not None:
-        raise ValueError("it is damaged")  # torch does not check
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        blocked = re.search(r"(?:GLOBAL|class|global) ([\w.]+\.[\w.]+)", str(error))
-        if blocked is None:
-            raise
-        raise ValueError(f"it holds {blocked[1]}, not tensors alone; save the state_dict() alone")
+def read_torch_file(path):
+    """-> {name: tensor}, {metadata: str} of a checkpoint's encoder, or of a file of tensors."""
+    state = common.load_torch_file(path)
     meta = state.get("metadata", {})
     if "method" in state and "config" in state:  # a checkpoint of this project: its encoder
         meta = {name: json.dumps(state[name]) for name in ("mean", "std")}
@@ -1498,7 +1491,7 @@ def read_encoder(path):
         if path.endswith(".safetensors"):
             found, meta = read_safetensors(path)
         else:
-            found, meta = load_torch_file(path)
+            found, meta = read_torch_file(path)
         tensors = {}
         for name, x in found.items():
             name = re.sub(r"^((module|_orig_mod)\.)+", "", name)
@@ -1683,6 +1676,7 @@ class Recipe:
     min_area: float = 0.08  # MAE: of the random resized crop, as a share of the image
     frozen: bool = False  # train the head alone
     seed: int = 0  # ours
+    workers: int = None  # loader processes of a rank; None = its cores less one
 
 
 RECIPES = {
@@ -1719,6 +1713,8 @@ def add_head_arguments(parser, task):
                             help=f"{text} [{default:g}; toy data {toy_default:g}]")
     parser.add_argument("--frozen", action="store_true", default=None,
                         help="leave the image encoder as it is and train the rest")
+    parser.add_argument("--workers", type=int,
+                        help="loader processes of a rank [its cores less one]")
 
 
 def recipe_for(task, args):
@@ -1726,7 +1722,7 @@ def recipe_for(task, args):
     recipe = RECIPES[task]
     if args.data is None:
         recipe = replace(recipe, **TOY_RECIPES[task])
-    for name in ("epochs", "batch", "lr", "frozen", "seed"):
+    for name in ("epochs", "batch", "lr", "frozen", "seed", "workers"):
         if getattr(args, name, None) is not None:
             recipe = replace(recipe, **{name: getattr(args, name)})
     for name in ("epochs", "batch", "lr"):
@@ -1738,14 +1734,19 @@ def recipe_for(task, args):
 # -- training --
 
 def read_records(index, read):
-    """read(sample) of every sample, in order; None where it raises data.Skip."""
+    """read(sample) of every sample, in order; None where it raises data.Skip. Ranks share them."""
+    numbers = rank_slice(len(index))
     values = []
-    for i in progress(range(len(index)), "reading records", len(index)):
+    for i in progress(numbers, "reading records", len(numbers)):
         try:
             values.append(read(index[i]))
         except data.Skip:
             values.append(None)
-    return values
+    if world_size() == 1:
+        return values
+    parts = [None] * world_size()
+    torch.distributed.all_gather_object(parts, values)
+    return list(itertools.chain.from_iterable(parts))
 
 
 def layer_number(name, depth):
@@ -1785,26 +1786,28 @@ def batch_size(batch, n):
 
 
 def train_head(head, train, example, recipe, cfg, device, task):
-    """Train a head in place: AdamW, linear warm-up, half a cosine.
+    """Train a head in place: AdamW, linear warm-up, half a cosine. Where there are too few images
+    for the recipe's batch, its rate falls in proportion (ours).
 
     train: an Index. example(sample, rng) -> {name: array}. Ranks share the rows of a step and end
     with the same weights.
     """
     n_rows = batch_size(recipe.batch, len(train))
+    max_lr = recipe.lr * min(1, n_rows / recipe.batch)
     steps = max(1, round(recipe.epochs * len(train) / n_rows))
     warmup = round(recipe.warmup * steps)
     order = data.ShuffledOrder([0, len(train)], n_rows, recipe.seed)
     rows = data.TrainingSet(train, order, example)
     dataset = data.BatchDataset([rows], n_rows, rank(), world_size())
-    batches = data.loader(dataset, 0, steps, None, device)
+    batches = data.loader(dataset, 0, steps, recipe.workers, device)
 
     head.to(device).train()
-    head.vision.requires_grad_(not recipe.frozen)
+    head.vision.requires_grad_(not recipe.frozen)  # fixed sine positions, too, as MAE's code
     optimizer = torch.optim.AdamW(layerwise_groups(head, recipe), betas=(0.9, 0.999))
     skipped = torch.zeros(len(data.REASONS), dtype=torch.long)
-    print0(f"{task}: {len(train):,} training images, {steps:,} steps of {n_rows}, lr {recipe.lr:g}")
+    print0(f"{task}: {len(train):,} training images, {steps:,} steps of {n_rows}, lr {max_lr:g}")
     for step, batch in enumerate(progress(batches, f"{task}, training steps", steps)):
-        lr = recipe.min_lr + common.cosine_lr(step, steps, warmup, recipe.lr - recipe.min_lr)
+        lr = recipe.min_lr + common.cosine_lr(step, steps, warmup, max_lr - recipe.min_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         with common.autocast(cfg.precision, device):
@@ -1831,12 +1834,12 @@ def check_training(task, skipped, loss):
 def random_view(sample, rng, size, min_area):
     """A random resized crop, mirrored half of the time.
 
-    -> uint8 (3, size, size), box of the crop (x, y, w, h), is it mirrored?, size of the image.
+    -> uint8 (3, size, size), box of the crop (x, y, w, h), is it mirrored?
     """
     image = sample.image()
     box = data.random_box(rng, *image.size, min_area)
     flip = rng.random() < 0.5
-    return data.crop(image, box, size, flip), box, flip, image.size
+    return data.crop(image, box, size, flip), box, flip
 
 
 def whole_view(vision):
@@ -1904,21 +1907,12 @@ class AttentiveProbe(nn.Module):
 def class_example(sample, rng, size, min_area, names, paths):
     label = sample.label()
     check_labels(label, names, paths)
-    view, _, _, _ = random_view(sample, rng, size, min_area)
+    view, _, _ = random_view(sample, rng, size, min_area)
     return {"images": view, "label": np.int64(label)}
 
 
-def finetune(model, tokenizer, paths, cfg, device, args):
-    """Accuracy after fine-tuning encoder and classifier; classes of unseen.txt are left out."""
-    return train_classifier("finetune", Classifier, model, paths, cfg, device, args)
-
-
-def attentive(model, tokenizer, paths, cfg, device, args):
-    """Accuracy of LCL's attentive probe, trained in the same way on the frozen encoder."""
-    return train_classifier("attentive", AttentiveProbe, model, paths, cfg, device, args)
-
-
-def train_classifier(task, Head, model, paths, cfg, device, args):
+def classify(task, Head, model, tokenizer, paths, cfg, device, args):
+    """Accuracy of a trained classifier; classes of unseen.txt are left out."""
     recipe = recipe_for(task, args)
     names = class_names(paths)
     train, test = open_parts(paths, f"{task} also needs training shards")
@@ -1933,20 +1927,10 @@ def train_classifier(task, Head, model, paths, cfg, device, args):
     example = functools.partial(class_example, size=model.vision.image_size,
                                 min_area=recipe.min_area, names=names, paths=train.paths)
     train_head(head, train, example, recipe, cfg, device, task)
-    return evaluate_classifier(task, head, test, known, model.held_out_view, cfg, device)
-
-
-def evaluate_classifier(task, head, index, known, view, cfg, device):
-    """Accuracy on held-out images of classes that are known (C,); _majority: of one answer."""
-    predicted = []
-    labels = []
-    for images, values, _ in iter_images(index, view, data.Sample.label):
-        predicted += in_batches(head, cfg, device, images).argmax(1).tolist()
-        labels += values
-    rows = all_gather_rows(torch.tensor([predicted, labels], dtype=torch.long).T)
-    predicted, labels = rows[known[rows[:, 1]]].T
-    check_evaluated(len(labels), index)
-    return probe_rows(task, predicted, labels)
+    logits, labels, _ = embed_labelled(model, test, cfg, device, head)
+    rows = known[labels]
+    check_evaluated(int(rows.sum()), test)
+    return probe_rows(task, logits[rows].argmax(1), labels[rows])
 
 
 # -- masks --
@@ -1987,7 +1971,7 @@ def crop_mask(mask, box, size, flip):
 def mask_example(sample, rng, size, min_area, classes):
     mask = sample.mask()
     check_mask_class(int(mask.max()), classes, f"the mask of {sample.key}")
-    view, box, flip, _ = random_view(sample, rng, size, min_area)
+    view, box, flip = random_view(sample, rng, size, min_area)
     return {"images": view, "mask": crop_mask(mask, box, size, flip)}
 
 
@@ -2151,10 +2135,10 @@ def generalized_iou(a, b):
 Box = collections.namedtuple("Box", "x y w h name crowd")
 
 
-def read_boxes(sample, width, height):
+def read_boxes(sample):
     """[Box] in pixels of the image; the class is a box's "name", else its text."""
     boxes = []
-    for x, y, w, h, text, name, crowd in sample.boxes(width, height, "name", "iscrowd"):
+    for x, y, w, h, text, name, crowd in sample.boxes("name", "iscrowd"):
         boxes.append(Box(x, y, w, h, name if isinstance(name, str) else text, bool(crowd)))
     return boxes
 
@@ -2196,8 +2180,8 @@ def assign_boxes(boxes, labels, grid, patch):
 
 def box_example(sample, rng, size, min_area, labels, grid):
     """A crop keeps the boxes whose middle it holds, but no crowds. labels: {class name: number}."""
-    view, crop, flip, image_size = random_view(sample, rng, size, min_area)
-    boxes = [box for box in read_boxes(sample, *image_size) if not box.crowd]
+    view, crop, flip = random_view(sample, rng, size, min_area)
+    boxes = [box for box in read_boxes(sample) if not box.crowd]
     corners = boxes_in_view(boxes, crop, size, flip)
     middles = (corners[:, :2] + corners[:, 2:]) / 2
     inside = ((0 < middles) & (middles < size)).all(1)
@@ -2228,8 +2212,7 @@ def detect(model, tokenizer, paths, cfg, device, args):
 
 
 def box_names(sample):
-    """Classes of an image's boxes; the image's size does not matter, so it is not decoded."""
-    return {box.name for box in read_boxes(sample, math.inf, math.inf)}
+    return {box.name for box in read_boxes(sample)}
 
 
 def images_with_class(index):
@@ -2288,7 +2271,7 @@ def true_boxes(sample, labels, size):
     """(M, 6): class, x, y, w, h in pixels of the whole view, crowd; an image may have no box."""
     width, height = sample.size()
     try:
-        boxes = read_boxes(sample, width, height)
+        boxes = read_boxes(sample)
     except data.Skip:
         boxes = []
     corners = boxes_in_view(boxes, (0, 0, width, height), size, flip=False)
@@ -2462,8 +2445,13 @@ def evaluate_answers(answer, guess, index, view):
     return [("vqa", accuracy, len(scores)), ("vqa_majority", majority, len(scores))]
 
 
-HEADS = {"attentive": attentive, "finetune": finetune, "segment": segment, "detect": detect,
-         "vqa": vqa}
+HEADS = {
+    "attentive": functools.partial(classify, "attentive", AttentiveProbe),
+    "finetune": functools.partial(classify, "finetune", Classifier),
+    "segment": segment,
+    "detect": detect,
+    "vqa": vqa,
+}
 
 
 # ---- command line ----
@@ -2551,7 +2539,7 @@ def run_search(args, device):
         raise UserError(f"{type(model).__name__} of {args.checkpoint} reads no text: search by "
                         "--image alone")
     _, paths = held_out_shards(args, "pairs")
-    index = data.open_index(paths, "test")
+    index = data.open_index(paths)
     found = search(model, tokenizer, index, cfg, device, args.text, picture, args.minus,
                    args.k)
     query = "" if args.text is None else args.text
@@ -2569,7 +2557,7 @@ def run_search(args, device):
     if rank() == 0:
         os.makedirs(args.out, exist_ok=True)
         sheet(cells, os.path.join(args.out, "search.png"), 7,
-              f"Query (framed) and the nearest of {len(index):,} images")
+              f"Query (framed) and the nearest of {len(index):,} samples")
     print0(f"pictures: {os.path.join(args.out, 'search.png')}")
 
 

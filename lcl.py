@@ -26,8 +26,9 @@ rules of its released code, from which we depart in this:
 - means over ranks are exact, where ranks hold different numbers of images and labels
 - documents are packed into rows; byte-level BPE instead of CLIP's
 
-Dimension key: R rows of L tokens of this rank, K images, N patches of each, D width of the language
-model, M labels, V vocabulary. What ranks gather: C rows of a rank, G of all, padding included.
+Dimension key: R rows of L tokens of this rank, K images of S x S pixels, N patches of each, D width
+of the language model, M labels, V vocabulary; in evaluation, B pairs. What ranks gather: C rows of
+a rank, G of all, padding included.
 """
 import math
 from dataclasses import dataclass
@@ -85,7 +86,7 @@ class Config:
     w_gen: float = 1.0  # LCL code: next token
     w_con: float = 0.1  # LCL code: contrast of an image with the state at its soi
     temperature: float = 0.07  # LCL code: initial value; learned, stays within 0.01 .. 1
-    contrast_empty_context: bool = False  # as LCL's code: also images with nothing before them
+    contrast_empty_context: bool = False  # also images with nothing before them (LCL code: of docs)
     # optimization
     batch: int = 4096  # ours: documents and pairs, global
     steps: int = 100_000  # ours
@@ -197,8 +198,9 @@ class LCL(nn.Module):
     def forward(self, batch):
         """A batch of pack() -> all that the losses compare, in a dict.
 
-        image_tokens (K, N, D), latent (K, D) of the images; context (K, D): the state at the soi of
-        each; logits (M, V) of the labels; for gen+reg also predicted_tokens (K, N, D).
+        image_tokens (K, N, D) of the images; unit vectors latent (K, D) of the images and context
+        (K, D) of the states at their soi; where the objective has the term, logits (M, V) of the
+        labels (gen) and predicted_tokens (K, N, D) (reg).
         """
         # images -> tokens for the language model, and one latent each
         image_tokens, latent = checkpointed_chunks(self.encode, self.micro, batch["images"])
@@ -213,9 +215,10 @@ class LCL(nn.Module):
             "image_tokens": image_tokens,
             "latent": l2_normalize(latent),
             "context": self.context_embeds(F.embedding(batch["soi_index"], x)),
-            "logits": self.logits(F.embedding(batch["label_index"], x)),
         }
-        if self.objective == "gen+reg":  # each image token from the state at the place before it
+        if "gen" in OBJECTIVES[self.objective]:
+            out["logits"] = self.logits(F.embedding(batch["label_index"], x))
+        if "reg" in OBJECTIVES[self.objective]:  # from the state at the place before each token
             before = self.image_places(batch["soi_index"]) - 1
             out["predicted_tokens"] = self.regress(F.embedding(before, x))
         return out
@@ -263,7 +266,7 @@ class LCL(nn.Module):
 
     @torch.no_grad()
     def clamp_scale(self):
-        """At the top of a step: contrast_scale has no gradient beyond its bounds (LCL code)."""
+        """Back into the bounds of contrast_scale, beyond which it has no gradient (LCL code)."""
         self.log_scale.clamp_(0, math.log(100))
 
     def encode_image(self, images):
@@ -320,20 +323,20 @@ class LCL(nn.Module):
 
     @torch.no_grad()
     def generate(self, images, length=40):
-        """Greedy captions, what follows the image: ids (B, length), PAD after the end token."""
+        """Greedy captions, what follows the image: ids (B, length) as of generate_from."""
         return self.generate_from(self.embed_prefix(images), length)
 
     def generate_from(self, x, length):
-        """Greedy continuation of embedded documents (B, n, D): ids (B, length), PAD after the end
-        token and beyond the context."""
+        """Greedy continuation of embedded documents (B, n, D) up to the end token or the next soi:
+        ids (B, length), PAD after that and beyond the context."""
         start = x.shape[1]
         ids = torch.full((len(x), length), Tokenizer.PAD, device=x.device)
         unfinished = torch.ones(len(x), dtype=torch.bool, device=x.device)
         for t in range(min(length, self.context - start)):
             token = self.logits(self.decode(x)[:, -1]).argmax(1)  # (B,)
-            token = token.where(unfinished, Tokenizer.PAD)
+            token = torch.where(unfinished, token, Tokenizer.PAD)
             ids[:, t] = token
-            unfinished = unfinished & (token != Tokenizer.EOS)
+            unfinished = unfinished & (token != Tokenizer.EOS) & (token != Tokenizer.SOI)
             if not unfinished.any():
                 break
             embedded = self.token_embed(token) + self.pos_embed[start + t]
@@ -364,10 +367,10 @@ def block_mask(document):
 # ---- objective ----
 
 def losses(model, batch, cfg):
-    """L = w_gen L_gen + w_con L_con + L_reg; --objective picks the terms -> loss, {name: term}.
+    """L = w_gen L_gen + w_con L_con + L_reg; --objective picks the terms.
 
-    LCL code has the first two. Loss and terms are this rank's share: the mean over ranks is that of
-    the global batch.
+    -> loss, {name: unweighted term, or one of collapse_metrics}. LCL code has the first two terms.
+    All is this rank's share: the mean over ranks is that of the global batch.
     """
     with common.autocast(cfg.precision, batch["ids"].device):
         out = model(batch)
@@ -522,7 +525,8 @@ def sequence(segments, view, cfg):
     """Lists of ids and images in reading order -> {"ids": (n,), "images": (k, 3, S, S)}.
 
     view(image) -> (3, S, S). What is longer than the context is cut there, or before the image that
-    would be cut in two (LCL code). Raises Skip if no image is left.
+    would be cut in two, and gets the end token all the same (LCL code). Raises Skip if no image is
+    left.
     """
     room = cfg.context - 1  # the end token takes one
     ids = [Tokenizer.BOS]
@@ -701,8 +705,8 @@ def evaluate(model, tokenizer, cfg, device):
     which, similarity = match_contexts(model, documents, cfg, device)
     if which:
         own = torch.arange(len(which))
-        image_rank = evaluation.ranks(similarity, own)
-        context_rank = evaluation.ranks(similarity.T, own)
+        image_rank = evaluation.target_ranks(similarity, own)
+        context_rank = evaluation.target_ranks(similarity.T, own)
         result["context_r1"] = (context_rank == 0).float().mean().item()
         result["image_r1"] = (image_rank == 0).float().mean().item()
         print0(f"last images of {len(own)} {title} documents: "
@@ -759,7 +763,7 @@ def draw(model, tokenizer, cfg, device):
     import eval as evaluation
     if rank() == 0:
         evaluation.curves(f"{cfg.out}/log.jsonl", f"{cfg.out}/curves.png",
-                          ["loss", "gen", "con", "spread", "cosine", "temperature"],
+                          ["loss", *term_weights(cfg), "spread", "cosine", "temperature"],
                           f"LCL ({cfg.objective}), {cfg.steps} steps of {cfg.batch}")
     if not cfg.docs:
         return
@@ -769,7 +773,7 @@ def draw(model, tokenizer, cfg, device):
     which, similarity = match_contexts(model, documents, cfg, device)
     if not which:
         return
-    context_rank = evaluation.ranks(similarity.T, torch.arange(len(which))).tolist()
+    context_rank = evaluation.target_ranks(similarity.T, torch.arange(len(which))).tolist()
     cells = []
     for (d, k), own_rank in list(zip(which, context_rank))[:8]:
         before, written, after = text_around(model, tokenizer, documents[d], k, cfg, device)
@@ -781,13 +785,13 @@ def draw(model, tokenizer, cfg, device):
         cells.append((None, after + " ...", None))
     evaluation.sheet(cells, f"{cfg.out}/document.png", 4,
                      f"{title.capitalize()}: text before, image, what the model writes, "
-                     "what follows", 150)
+                     "what follows", size=150)
 
 
 @torch.no_grad()
 def text_around(model, tokenizer, document, k, cfg, device):
-    """Text before the k-th image of a document, what the model writes after it up to where it puts
-    the next image, and what follows in the document."""
+    """Text before the k-th image of a document, what the model writes after it, and what follows in
+    the document."""
     ids = document["ids"]
     soi_index = np.flatnonzero(ids == Tokenizer.SOI)[:k + 1]
     start = soi_index[k]
@@ -799,8 +803,6 @@ def text_around(model, tokenizer, document, k, cfg, device):
                         torch.arange(end, device=device),
                         torch.from_numpy(soi_index).to(device), image_tokens)
         written = model.generate_from(x, 40)[0].tolist()
-    if Tokenizer.SOI in written:
-        written = written[:written.index(Tokenizer.SOI)]
     is_text = ids >= Tokenizer.FIRST_BYTE
     before = ids[:start][is_text[:start]][-30:]
     after = ids[end:][is_text[end:]][:30]

@@ -12,8 +12,9 @@ each loss is, up to constants, minus a lower bound of the mutual information of 
 squared errors take the target to be Gaussian around its prediction, softmax losses take it to be
 one of a set of candidates. The image terms' penalty on second moments is added against collapse.
 
-Reading order: random_view and relative_position (how two views of an image lie to each other), M3I
-(the model), losses (the method) with feature_loss, text_loss and labeled_cross_entropy, main.
+Reading order: random_view and relative_position (how two views of an image lie to each other),
+random_mask and mix, M3I (the model), losses (the method) with feature_loss, text_loss and
+labeled_cross_entropy, main.
 
 Special cases (tests/test_m3i.py compares each with a formula of its own):
     supervised             --w-intra 0 --w-inter 0 --w-text 0 --keep 1
@@ -82,7 +83,7 @@ class Config:
     keep: float = 0.5  # ours: share of patches from image a; 1 = no image b, no image terms
     mask_unit: int = 2  # ours: side of the squares that are mixed, in patches
     group: int = 64  # ours: partners are mirrored inside groups of rows; ranks hold whole groups
-    block_attention: bool = False  # MixMAE: patches attend to those of their own image alone
+    block_attention: bool = False  # MixMAE: patches attend to those of their own image (and to cls)
     pool: str = "own"  # ours: text, class from own patches (a, b weigh 1 each) or all (area shares)
     # image targets
     target: str = "ema"  # SiameseIM: features of the EMA encoder; or pixels (MAE)
@@ -99,7 +100,7 @@ class Config:
     text_heads: int = 12  # paper: BERT-Base
     temperature: float = 0.07  # ours: initial; log(1 / it) is learned, 1 / it at most 100
     classes: int = 0  # counted in classes.txt, not to be given
-    # objective
+    # objective; with --pool own, text and class weigh twice, for image a and for image b
     w_intra: float = 1.0  # ours: weight of each term
     w_inter: float = 1.0  # ours
     w_text: float = 1.0  # ours
@@ -389,9 +390,8 @@ class M3I(nn.Module):
             common.init_weights(class_embeddings)
             self.class_head = nn.Sequential(mlp(cfg.dim, cfg.dim), class_embeddings)
 
-        has_image_terms = cfg.w_intra > 0 or cfg.w_inter > 0
-        self.has_ema = has_image_terms and cfg.target == "ema"
-        if has_image_terms:
+        self.has_ema = has_image_terms(cfg) and cfg.target == "ema"
+        if has_image_terms(cfg):
             target_dim = cfg.dim if self.has_ema else 3 * cfg.patch**2
             self.projector = Projector(cfg.dim, cfg.heads, cfg.projector_depth)
             self.decoder = Decoder(grid, cfg.dim, cfg.heads, cfg.decoder_depth, target_dim)
@@ -429,6 +429,7 @@ class M3I(nn.Module):
         tokens (B, L, D) of the mixture. visible (B, L) bool: the image's patches, n_visible in each
         row. source_geometry, target_geometry (B, 6): of random_view.
         """
+        # places of the visible patches, in order
         ids = visible.logical_not().argsort(dim=1, stable=True)[:, :n_visible]  # (B, K)
         own_tokens = tokens.gather(1, ids[..., None].expand(-1, -1, tokens.shape[2]))
         return self.decoder(self.projector(own_tokens), ids, source_geometry, target_geometry)
@@ -555,7 +556,7 @@ def losses(model, batch, mask, cfg, encode, encode_ema):
         target = partner(model.targets(batch["second"], encode_ema, cfg.micro))
         terms["inter"] = feature_loss(pred, target, torch.ones_like(mask), cfg.second_moment_weight)
 
-    if cfg.w_intra > 0 or cfg.w_inter > 0:
+    if has_image_terms(cfg):
         metrics["target_std"] = target_std(target)  # of the last term's
 
     pooled_images = images_in_mixture(tokens, mask, cfg)
@@ -586,15 +587,15 @@ def example(sample, rng, cfg, tokenizer):
     """A training row: two views, caption and class number (-1 = none).
 
     Without image terms, an image that has neither caption nor class is skipped; one that has
-    either stays, even if the weight of that term is 0.
+    either stays, even if the weight of that term is 0. What it has must be sound: a damaged caption
+    or class skips it.
     """
     has_text = sample.has_caption()
     text = sample.caption(rng) if has_text else ""
     label = sample.label() if sample.has_label() else -1
     if label >= cfg.classes:  # captioned shards may have classes that classes.txt does not name
         label = -1
-    has_image_terms = cfg.w_intra > 0 or cfg.w_inter > 0
-    if label < 0 and not has_text and not has_image_terms:
+    if label < 0 and not has_text and not has_image_terms(cfg):
         raise data.Skip("no caption" if cfg.w_text > 0 else "no class")
     image = sample.image(min_size=round(cfg.image_size / cfg.scale**0.5))
     first, first_geometry = random_view(image, rng, cfg)
@@ -656,6 +657,10 @@ def drop_terms(cfg):
 
 def term_weights(cfg):
     return {"intra": cfg.w_intra, "inter": cfg.w_inter, "text": cfg.w_text, "class": cfg.w_class}
+
+
+def has_image_terms(cfg):
+    return cfg.w_intra > 0 or cfg.w_inter > 0
 
 
 def ema_momentum(step, steps, start):
@@ -765,7 +770,7 @@ def class_head_accuracy(model, cfg, device):
         paths = data.expand(pattern, "test")
         if data.read_class_names(paths) != names:
             continue
-        index = data.open_index(paths, "test")
+        index = data.open_index(paths)
         logits, labels, _ = evaluation.embed_labelled(model, index, cfg, device, class_logits)
         unseen = evaluation.unseen_classes(paths, names)
         in_training = torch.isin(labels, torch.where(~unseen)[0])
@@ -776,7 +781,8 @@ def class_head_accuracy(model, cfg, device):
 # ---- pictures: a reader may stop here ----
 
 def draw(model, tokenizer, cfg, device):
-    """out/curves.png; out/neighbours.png: images and their nearest; out/views.png: mixtures."""
+    """out/curves.png; out/neighbours.png: images and their nearest; out/views.png: mixtures, if
+    images are mixed."""
     import eval as evaluation
 
     def pooled_tokens(images):
@@ -787,7 +793,7 @@ def draw(model, tokenizer, cfg, device):
     if rank() > 0:
         return
     fields = ["loss", *[name for name, weight in term_weights(cfg).items() if weight > 0]]
-    if cfg.w_intra > 0 or cfg.w_inter > 0:
+    if has_image_terms(cfg):
         fields.append("target_std")
     evaluation.curves(f"{cfg.out}/log.jsonl", f"{cfg.out}/curves.png", [*fields, "grad_norm"],
                       f"M3I, {cfg.steps} steps of {cfg.batch}")
@@ -805,18 +811,21 @@ def draw(model, tokenizer, cfg, device):
         for j in similarity.topk(n_near).indices.tolist():
             cells.append((picture(j), f"{similarity[j]:.2f}", None))
     evaluation.sheet(cells, f"{cfg.out}/neighbours.png", 1 + n_near,
-                     f"{title.capitalize()}: an image (left) and its nearest", 112)
+                     f"{title.capitalize()}: an image (left) and its nearest")
 
+    if cfg.keep == 1:
+        return
     rng = common.rng(common.Stream.FIGURE, cfg.seed)
     cells = []
     for a, b in zip(picked[::2], picked[1::2]):
         cells += mixture_cells(picture(a), picture(b), rng, model, cfg)
     evaluation.sheet(cells, f"{cfg.out}/views.png", 4,
-                     f"{title.capitalize()}: two views, mixed, and the view b must predict", 144)
+                     f"{title.capitalize()}: two images, mixed, and another view of b", size=144)
 
 
 def mixture_cells(image_a, image_b, rng, model, cfg):
-    """A row of views.png: views of two images, their mixture, and the view that b must predict."""
+    """A row of views.png: views of two images, their mixture, and the view that the inter-view term
+    predicts from b."""
     view_a, _ = random_view(image_a, rng, cfg)
     view_b, _ = random_view(image_b, rng, cfg)
     target_view, _ = random_view(image_b, rng, cfg, second=True)

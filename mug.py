@@ -185,7 +185,7 @@ class CaptionDecoder(nn.Module):
         for t in range(length):
             hidden_states = self.hidden_states(tokens[:, :t + 1], latent)
             token = self.head(hidden_states[:, -1]).argmax(1)  # (B,)
-            tokens[:, t + 1] = token.where(unfinished, Tokenizer.PAD)
+            tokens[:, t + 1] = torch.where(unfinished, token, Tokenizer.PAD)
             unfinished = unfinished & (token != Tokenizer.EOS)  # each row ends by itself
             if not unfinished.any():
                 break
@@ -282,7 +282,8 @@ class MUG(nn.Module):
         return -loss.sum(1) / valid[:, 1:].sum(1)
 
     def _fused(self, images, tokens, valid):
-        """Text about an image -> (B, W): the state at the end token, which only a head trains."""
+        """Text about an image -> (B, W): the state at the end token. Captioning never reads it; the
+        head of question answering trains it."""
         hidden_states = self.caption_decoder.hidden_states(tokens, self.vision(images))
         return common.last_token(hidden_states, valid)
 
@@ -329,8 +330,8 @@ def next_token_loss(logits, tokens, valid):
 def losses(pixel_loss, caption_loss, valid, cfg):
     """The last line of Algorithm 1: the weighted sum of both losses.
 
-    pixel_loss, caption_loss (B,): of MUG.forward. valid (B, L). -> loss, {name: term} of the terms
-    that have a weight. Their means over ranks are the loss and terms of the global batch.
+    pixel_loss, caption_loss (B,): of MUG.forward. valid (B, L). -> loss, {name: unweighted term} of
+    the terms whose weight is not 0. Means over ranks are the loss and terms of the global batch.
     """
     pixels = pixel_loss.mean()
     # captions differ in length: a mean of the ranks' means would be another loss than the mean over
@@ -443,9 +444,13 @@ def draw(model, tokenizer, cfg, device):
     with common.autocast(cfg.precision, device):
         cells = reconstruction_cells(model, tokenizer, images, cfg.seed)
     columns = 2 * len(cells) // len(images)  # two images in a row
+    shown = ["image"]
+    if cfg.cap_weight:
+        shown = ["image with generated caption"]
+    if cfg.recon_weight:
+        shown += ["what is seen of it", "reconstruction"]
     evaluation.sheet(cells, f"{cfg.out}/reconstruction.png", columns,
-                     f"{title.capitalize()}: image with generated caption, what is seen of it, "
-                     "reconstruction", 144)
+                     f"{title.capitalize()}: {', '.join(shown)}", size=144)
 
 
 @torch.no_grad()
@@ -463,7 +468,7 @@ def reconstruction_cells(model, tokenizer, images, seed):
         pictures = [(255 * x).round().byte().cpu() for x in pictures]
     cells = []
     for i, caption in enumerate(captions):
-        texts = [caption, "seen by the encoder", "pattern predicted, mean true"]
+        texts = [caption, "seen by the encoder", "pattern predicted, mean and contrast true"]
         for picture, text in zip(pictures, texts):
             cells.append((picture[i], text, None))
     return cells

@@ -9,8 +9,8 @@ A patch predictor in the middle of the image tower scores each patch: does it be
 text describes? It learns that from boxes with texts (patch-text alignment, PTA). Images i and j are
 partners. The s x s patches of j with the highest total score for caption j cover those of i with
 the lowest for caption i (text_aware_mix). The mixed image should match caption i with weight
-lambda = 1 - s^2 / N and caption j with the rest (mixed_targets). With l = InfoNCE of the mixed
-image and z_i, z_j its logits for the two captions, the loss (mix_loss) is
+lambda = 1 - s^2 / N and caption j with the rest (mixed_targets). With l_i the InfoNCE of the mixed
+image with caption i as its positive, and z_i its logit for that caption, the loss (mix_loss) is
 
     L_mix = lambda l_i + (1 - lambda) l_j = l_i + (1 - lambda) (z_i - z_j),
 
@@ -137,7 +137,7 @@ class Config:
 # every patch for them would contradict the boxes.
 DEMO = dict(
     image_size=48, patch=8, dim=128, depth=3, heads=4, scale=1.0, flip=False, augment=False,
-    text_dim=64, text_depth=2, fusion_depth=1, text_heads=2, embed=64, context=24, vocab_size=512,
+    text_dim=64, text_depth=1, fusion_depth=1, text_heads=2, embed=64, context=24, vocab_size=512,
     texts_per_region=2, caption_as_region=False, region_context=24, group=8, batch=64, steps=570,
     lr=1e-3, warmup=40, momentum=0.99, ramp=0.1, save_every=100,
 )
@@ -162,9 +162,9 @@ class PatchPredictor(nn.Module):
         """patch_tokens (B, N, D) from the middle of the image tower, text (B, W) ->
         log-probabilities (B, N, 2); [..., 1] is that the patch belongs to the text."""
         local, shared = F.gelu(self.embed(self.norm(patch_tokens))).chunk(2, dim=2)
-        text_and_mean = torch.cat([shared.mean(1), text.to(shared.dtype)], 1)  # (B, D/2 + W)
-        text_and_mean = text_and_mean[:, None].expand(-1, patch_tokens.shape[1], -1)
-        logits = self.head(torch.cat([local, text_and_mean], 2))
+        of_all = torch.cat([shared.mean(1), text.to(shared.dtype)], 1)  # (B, D/2 + W)
+        of_each = of_all[:, None].expand(-1, patch_tokens.shape[1], -1)  # (B, N, D/2 + W)
+        logits = self.head(torch.cat([local, of_each], 2))
         return at_least_float32(logits).log_softmax(2)
 
 
@@ -269,8 +269,8 @@ class TiMix(ALBEF):
         self.temperature.clamp_(0.001, 0.5)
 
     def compile_methods(self, compile, device):
-        """Compile the methods that losses calls, in place, so that weights keep their names. The
-        losses themselves, collectives and all that is random are not compiled."""
+        """Compile the towers and the fusion as losses calls them, in place, so that weights keep
+        their names. Losses, collectives and all that is random are not compiled."""
         methods = [
             (self, "encode"), (self, "encode_image"), (self, "match_logits"),
             (self, "word_log_probs"), (self, "region_log_probs"),
@@ -337,7 +337,8 @@ def text_aware_mix(images, scores, s, group):
     covered = covered[:, None].expand(-1, patches.shape[1], -1)  # (B, P, s^2)
     pasted = pasted[:, None].expand(-1, patches.shape[1], -1)
     mixed = patches.scatter(2, covered, partner(patches, group).gather(2, pasted))
-    return F.pixel_shuffle(mixed.unflatten(2, (n, n)), patch), 1 - s * s / n**2
+    lam = 1 - s**2 / n**2
+    return F.pixel_shuffle(mixed.unflatten(2, (n, n)), patch), lam
 
 
 def cutmix(images, group, generator):
@@ -434,7 +435,8 @@ def hard_negatives(image, text, temperature, noise, group):
 
 
 def itm_loss(model, student, valid, noise, group):
-    """Image-text matching: B pairs, B images with a negative text, B negative images (ALBEF).
+    """Image-text matching: B pairs, B images with a negative text, B texts with a negative image
+    (ALBEF).
 
     student: Encoded; valid (B, L); noise (B, 2, group), for hard_negatives.
     """
@@ -678,7 +680,7 @@ def region_example(sample, rng, cfg, tokenizer):
     if not has_boxes(sample):  # known before anything is decoded: boxes may be rare
         raise data.Skip("no box")
     image = sample.image()
-    boxes = sample.boxes(*image.size)
+    boxes = sample.boxes()
     crop = crop_around(boxes[int(rng.integers(len(boxes)))], image.size, rng)
     flip = cfg.flip and rng.random() < 0.5
     regions = []  # (text, edges in pixels of the crop)
@@ -768,12 +770,16 @@ class PairsAndRegions(torch.utils.data.Dataset):
         for batch in (pairs, regions):
             if "error" in batch:
                 return batch
-        return {**pairs, **regions, "skipped": pairs["skipped"] + regions["skipped"]}
+        skipped = pairs["skipped"].clone()
+        n = len(data.UNREADABLE)  # every sample is a pair, too: what is unreadable counts there
+        skipped[n:] += regions["skipped"][n:]
+        return {**pairs, **regions, "skipped": skipped}
 
 
 def training_data(cfg, index, tokenizer):
     """-> training set of pairs, and the dataset of batches: pairs, with cfg.boxes also half as many
-    images with boxes (ours; TiMix code: 64 texts of boxes beside 128 pairs)."""
+    images with boxes (ours; TiMix code: 64 texts of boxes beside 128 pairs). Where few images have
+    boxes, a batch holds the same ones several times."""
     order = data.ShuffledOrder(index.starts, cfg.batch, cfg.seed)
     pairs = data.TrainingSet(index, order, partial(example, cfg=cfg, tokenizer=tokenizer))
     dataset = data.BatchDataset([pairs], cfg.batch, rank(), world_size())
@@ -795,6 +801,8 @@ def check(cfg):
     if not 0 < cfg.min_side <= cfg.max_side <= 1:
         raise UserError(f"--min-side {cfg.min_side} --max-side {cfg.max_side}: give sides of the "
                         "window between 0 and 1, the smallest first")
+    if cfg.alpha > 1:
+        raise UserError(f"--alpha {cfg.alpha}: a share of the targets is at most 1")
     if cfg.mask_ratio > 0.5:
         raise UserError(f"--mask-ratio {cfg.mask_ratio}: at most 0.5 of the context can be masked")
     if cfg.texts_per_region < 1 + cfg.caption_as_region:
@@ -920,7 +928,7 @@ def held_out_row(sample, model, tokenizer, cfg):
         raise data.Skip("no box")
     image = sample.image()
     regions = []
-    for x, y, w, h, text in sample.boxes(*image.size)[:cfg.texts_per_region]:
+    for x, y, w, h, text in sample.boxes()[:cfg.texts_per_region]:
         regions.append((text, (x, y, x + w, y + h)))
     return {"region_images": model.held_out_view(image),
             **stack_regions(regions, image.size, False, cfg, tokenizer)}
@@ -952,7 +960,7 @@ def draw(model, tokenizer, cfg, device):
     with common.autocast(cfg.precision, device):
         cells = mixing_cells(model, tokenizer, samples, cfg, device)
     evaluation.sheet(cells, f"{cfg.out}/mixing.png", 4,
-                     f"Mixing of {title}, windows by {how}; trained with --mix {cfg.mix}", 150)
+                     f"Mixing of {title}, windows by {how}; trained with --mix {cfg.mix}", size=150)
 
 
 @torch.no_grad()

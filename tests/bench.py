@@ -223,7 +223,7 @@ def measure_loader(folder, n=256, short_side=400, size=224):
     path = f"{folder}/pictures.tar"
     with tarfile.open(path, "w") as tar:
         for i in range(n):
-            data.add(tar, f"{i:06d}.jpg", raw)
+            data.add_file(tar, f"{i:06d}.jpg", raw)
     index = data.Index([path])
     what = f"loader, a picture of {short_side} px to {size}"
     for workers in sorted({1, common.cpu_count()}):
@@ -256,8 +256,8 @@ def measure_index(folder, shards=10, members=10_000):
     for path in paths:
         with tarfile.open(path, "w") as tar:
             for i in range(members // 2):
-                data.add(tar, f"{i:06d}.jpg", bytes(100))
-                data.add(tar, f"{i:06d}.txt", b"a caption")
+                data.add_file(tar, f"{i:06d}.jpg", bytes(100))
+                data.add_file(tar, f"{i:06d}.txt", b"a caption")
     yield compare(f"index of {shards} x {members:,} members", timed(index_anew, paths),
                   "tarfile", timed(read_headers, paths))
 

@@ -108,7 +108,7 @@ class Shard:
             for key, members in samples.items():
                 for suffix, raw in members.items():
                     start = tar.offset
-                    data.add(tar, f"{key}.{suffix}", raw)
+                    data.add_file(tar, f"{key}.{suffix}", raw)
                     self.files.append((start, tar.offset, key))
         self.raw = tar_bytes.getvalue()
 

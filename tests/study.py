@@ -40,8 +40,9 @@ import eval as evaluation
 PATH = "tests/results/study.jsonl"
 ENCODER = dict(image_size=48, patch=8, dim=128, depth=3, heads=4)  # of every arm
 WHEN_IT_RAN = {  # what demos had then and no longer have
+    "align": dict(text_depth=2),
     "mug": dict(recon_weight=0.3),
-    "timix": dict(fusion_depth=2),
+    "timix": dict(text_depth=2, fusion_depth=2),
 }
 RATES = {  # tried by R and R2 on seed 0, before anything else
     "align": (1.5e-3, 3e-3, 6e-3),

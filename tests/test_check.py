@@ -32,7 +32,7 @@ def write_shard(path, samples):
         for key, members in samples.items():
             for suffix, value in members.items():
                 raw = value if isinstance(value, bytes) else json.dumps(value).encode()
-                data.add(tar, f"{key}.{suffix}", raw)
+                data.add_file(tar, f"{key}.{suffix}", raw)
     return str(path)
 
 
@@ -48,6 +48,12 @@ def check(capsys, *paths):
 
 def test_toy_data_of_every_kind_check_clean(toy_data, capsys):
     assert check(capsys, f"{toy_data}/{{pairs,docs}}/train-*.tar", f"{toy_data}/labels") == []
+
+
+def test_a_check_fills_no_cache(toy_data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    check(capsys, f"{toy_data}/pairs/test-00000.tar")
+    assert not list(tmp_path.iterdir())
 
 
 def test_real_shards_check_clean(shared, capsys):

@@ -42,7 +42,7 @@ def write_tar(path, members, format=tarfile.USTAR_FORMAT):
                 info.linkname = "elsewhere"
                 tar.addfile(info)
             else:
-                data.add(tar, name, value)
+                data.add_file(tar, name, value)
     return str(path)
 
 
@@ -474,7 +474,7 @@ def test_boxes_and_segments_are_read_alike_and_cut_at_the_edges():
                {"bbox": [90.5, 1, 50, 2.5], "name": "edge"}]
     boxes = [(0, 60, 15, 4, "one two", 3), (90.5, 1, 5.5, 2.5, "edge", None)]
     for name in ("boxes", "segments"):
-        assert with_boxes(records, name).boxes(96, 64, "id") == boxes
+        assert with_boxes(records, name).boxes("id") == boxes
 
 
 def test_malformed_boxes_are_left_out():
@@ -486,7 +486,7 @@ def test_malformed_boxes_are_left_out():
     for record in bad:
         assert reason(with_boxes([record]).boxes, 96, 64) == "no box", record
     wide = {"x": 3, "y": 3, "w": 1e300, "h": 9, "text": "wide"}
-    assert with_boxes([*bad, good, wide]).boxes(96, 64) == [(6, 5, 20, 14, "red"),
+    assert with_boxes([*bad, good, wide]).boxes() == [(6, 5, 20, 14, "red"),
                                                             (3, 3, 93, 9, "wide")]
 
 
@@ -496,7 +496,7 @@ def test_boxes_follow_the_pixels_through_every_orientation(orientation):
     image = sample.image()
     pixels = np.asarray(image).astype(int)
     assert image.size == ((64, 96) if orientation > 4 else (96, 64))
-    for x, y, w, h, text in sample.boxes(*image.size):
+    for x, y, w, h, text in sample.boxes():
         rows, columns = (np.abs(pixels - RGB[text]).max(2) < 80).nonzero()
         assert (x, y) == (columns.min(), rows.min())
         assert (x + w, y + h) == (columns.max() + 1, rows.max() + 1)

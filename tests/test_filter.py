@@ -44,12 +44,12 @@ def write_shards(folder, records, per_shard=1000):
     for first in range(0, len(records), per_shard):
         with tarfile.open(folder / f"train-{first // per_shard:05d}.tar", "w") as tar:
             for i, (raw, text) in enumerate(records[first:first + per_shard], first):
-                data.add(tar, f"k{i}.png", raw)
+                data.add_file(tar, f"k{i}.png", raw)
                 if isinstance(text, str):
-                    data.add(tar, f"k{i}.txt", text.encode())
+                    data.add_file(tar, f"k{i}.txt", text.encode())
                 else:
                     record = text if isinstance(text, dict) else {"caption": text}
-                    data.add(tar, f"k{i}.json", json.dumps(record).encode())
+                    data.add_file(tar, f"k{i}.json", json.dumps(record).encode())
     return data.expand(str(folder))
 
 

@@ -438,13 +438,16 @@ def test_a_head_learns_shapes_that_its_baseline_does_not(few):
     assert values["miou"] > 3 * values["miou_majority"]
 
 
-def test_three_labelled_images_are_enough(few, tmp_path):
+def test_three_labelled_images_are_enough_and_their_small_batch_lowers_the_rate(
+        few, tmp_path, capsys):
     for name in ("classes.txt", "unseen.txt", "test-00000.tar"):
         shutil.copy(f"{few}/labels/{name}", tmp_path)
     data.write_toy_shard(tmp_path / "train-00000.tar", "labels/train", range(3))
     paths = held_out(tmp_path, ".")
-    rows = evaluation.finetune(TinyEncoder(), None, paths, CFG, CPU, arguments(epochs=1))
+    finetune = evaluation.HEADS["finetune"]
+    rows = finetune(TinyEncoder(), None, paths, CFG, CPU, arguments(epochs=1))
     assert rows[0][2] == 56
+    assert "3 training images, 3 steps of 1, lr 6.25e-05" in capsys.readouterr().out
 
 
 # ---- refusals ----

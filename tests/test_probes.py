@@ -89,9 +89,9 @@ def write_shard(path, samples):
         for i, (color, texts) in enumerate(samples):
             raw = io.BytesIO()
             Image.new("RGB", (16, 16), color).save(raw, "PNG")
-            data.add(tar, f"{i:03d}.png", raw.getvalue())
+            data.add_file(tar, f"{i:03d}.png", raw.getvalue())
             for suffix, text in texts.items():
-                data.add(tar, f"{i:03d}.{suffix}", text.encode())
+                data.add_file(tar, f"{i:03d}.{suffix}", text.encode())
     return str(path)
 
 

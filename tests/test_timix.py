@@ -509,8 +509,8 @@ def without_boxes(toy_data, tmp_path):
     path = str(tmp_path / "train-00000.tar")
     with tarfile.open(path, "w") as tar:
         for i in range(48):
-            data.add(tar, f"{i}.jpg", index[i].members["jpg"])
-            data.add(tar, f"{i}.txt", index[i].captions()[0].encode())
+            data.add_file(tar, f"{i}.jpg", index[i].members["jpg"])
+            data.add_file(tar, f"{i}.txt", index[i].captions()[0].encode())
     return path
 
 

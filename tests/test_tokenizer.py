@@ -133,7 +133,7 @@ def index_of(folder, *members):
     """members: (name, bytes)"""
     with tarfile.open(f"{folder}/0.tar", "w") as tar:
         for name, raw in members:
-            data.add(tar, name, raw)
+            data.add_file(tar, name, raw)
     return Index([f"{folder}/0.tar"])
 
 
