@@ -138,7 +138,7 @@ class Config:
 DEMO = dict(
     image_size=48, patch=8, dim=128, depth=3, heads=4, scale=1.0, flip=False, augment=False,
     text_dim=64, text_depth=1, fusion_depth=1, text_heads=2, embed=64, context=24, vocab_size=512,
-    texts_per_region=2, caption_as_region=False, region_context=24, group=8, batch=64, steps=570,
+    texts_per_region=2, caption_as_region=False, region_context=24, group=8, batch=64, steps=720,
     lr=1e-3, warmup=40, momentum=0.99, ramp=0.1, save_every=100,
 )
 
