@@ -12,21 +12,40 @@ A step is one of a script's own main(), at demo size, without its wait for data.
 that was allocated at a time. Everything but --gpu runs on the CPU. The loader is compared with
 webdataset only where that is installed; --peers needs open_clip_torch.
 
-Measured on two cores with AVX-512, torch 2.13.0:
+Measured on two cores with AVX-512, torch 2.13.0 (that of webdataset on a slower machine):
 
-    loader, a picture of 400 px to 224, 1 worker(s)    2.57 ms  Pillow         2.51 ms    1.03
-    loader, a picture of 400 px to 224, 2 worker(s)    2.13 ms  Pillow         1.71 ms    1.25
+    align.py, a step                                    129 ms  its products    104 ms    1.25
+    mug.py, a step                                      131 ms  its products     99 ms    1.32
+    lcl.py, a step                                      235 ms  its products    200 ms    1.18
+    timix.py, a step                                    181 ms  its products    152 ms    1.19
+    m3i.py, a step                                      210 ms  its products    168 ms    1.25
+    loader, a picture of 400 px to 224, 1 worker(s)    1.52 ms  Pillow         1.36 ms    1.12
+    loader, a picture of 400 px to 224, 2 worker(s)   0.846 ms  Pillow        0.693 ms    1.22
     loader, a picture of 400 px to 224                 2.32 ms  webdataset     2.43 ms    0.96
-    index of 10 x 10,000 members                        2.35 s  tarfile         2.18 s    1.08
-    order of 10,000,000 samples, resumed               20.7 ms  start          20.3 ms    1.02
-    loss of 4,096 pairs, --chunk 0                      1.67 s  two matrices    1.69 s    0.99
-    loss of 4,096 pairs, --chunk 256                     3.5 s  two matrices    1.73 s    2.03
+    index of 10 x 10,000 members                        1.53 s  tarfile          1.5 s    1.02
+    order of 10,000,000 samples, resumed               11.8 ms  start          11.5 ms    1.03
+    loss of 4,096 pairs, --chunk 0                      941 ms  two matrices    904 ms    1.04
+    loss of 4,096 pairs, --chunk 256                    798 ms  two matrices    1.16 s    0.69
     loss of 4,096 pairs, --chunk 256, memory          47.5 MiB  two matrices   512 MiB    0.09
-    encoder 768 x 12, a quarter of 4 images             1.79 s  all patches     5.46 s    0.33
-    recall, 5,000 images, 25,010 texts                  4.05 s  topk            2.72 s    1.49
-    query of 1,000,000 x 128                           64.6 ms  its product    51.2 ms    1.26
+    lcl.py, a step with rows of 512 tokens              252 ms  not packed      594 ms    0.42
+    encoder 768 x 12, a quarter of 4 images             562 ms  all patches     2.08 s    0.27
+    timix.py, a step                                    213 ms  not mixed       153 ms    1.39
+    m3i.py, a step without image terms                 71.7 ms  not mixed      70.1 ms    1.02
+    align.py, batch 256, --micro 32                   43.5 MiB  no flag        265 MiB    0.16
+    align.py, batch 256, --grad-checkpoint             122 MiB  no flag        265 MiB    0.46
+    align.py, batch 256, --chunk 32                    264 MiB  no flag        265 MiB    1.00
+    align.py, batch 256, all three                      26 MiB  no flag        265 MiB    0.10
+    recall, 5,000 images, 25,010 texts                  647 ms  topk            349 ms    1.85
+    query of 1,000,000 x 128                             53 ms  its product    51.5 ms    1.03
+    align.py, compiled                                  123 ms  eager           123 ms    1.01
+    mug.py, compiled                                    123 ms  eager           126 ms    0.97
+    lcl.py, compiled                                    228 ms  eager           232 ms    0.99
+    timix.py, compiled                                  200 ms  eager           180 ms    1.11
+    m3i.py, compiled                                    216 ms  eager           228 ms    0.95
 
-Two workers and the process that takes their batches share two cores; Pillow's processes do not.
+Compiled functions have no graph break; LCL and TiMix recompile twice, M3I once; the first step
+takes 7 to 55 s. Two workers and the process that takes their batches share two cores, unlike
+Pillow's processes; and the kernel makes each page of a batch's shared memory anew.
 """
 import argparse
 import contextlib
