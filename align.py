@@ -13,6 +13,7 @@ Departures from the paper:
 - 224 pixels instead of 289; byte-level BPE instead of WordPiece
 - LAMB, of which the paper gives no details: biases and gains get no decay and no trust ratio,
   the temperature gets the ratio; q, k, v are one matrix and get one ratio
+- the linear warm-up starts at lr / warmup, not at 0
 - the outputs of all transformer branches start at a tenth of their usual size
 
 Dimension key: B pairs of this rank, G of all ranks, S pixels a side, L text tokens, E = --dim.

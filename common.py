@@ -514,7 +514,7 @@ class Stream(enum.IntEnum):
     SAMPLE = 3  # (seed, epoch, sample): what is drawn while a sample is read
     BATCH = 4  # (seed, step): what each row of a global batch draws
     STEP = 5  # (seed, step): what all rows of a step share
-    FIGURE = 6  # (seed,): pictures
+    FIGURE = 6  # (seed,): pictures; (document,): what is drawn of held-out documents
     TOY = 8  # (seed, part, number): toy data
 
 
@@ -704,7 +704,8 @@ def run_command(command):
 # ---- checkpoints: tensors, numbers and strings; never a pickle of our own classes ----
 
 # Settings that may change when a run goes on, as may all paths of data.
-FREE = "out workers save_every log_every eval_every compile micro grad_checkpoint fresh".split()
+FREE = ("out", "fresh", "workers", "save_every", "log_every", "eval_every", "compile", "micro",
+        "chunk", "grad_checkpoint")
 
 
 def owns_output_folder(main):
@@ -944,7 +945,11 @@ class Log:
             self.saved_step = step + 1  # main saves now
 
     def write(self, step, lr, values):
-        """One line of JSON, in which what is not finite is null; the bar, or a line of text."""
+        """One line of JSON, in which what is not finite is null; the bar, or a line of text.
+
+        images_per_s: rows of the global batch (of LCL, documents), in all the time since the last
+        line, with saves and evaluations.
+        """
         now = time.perf_counter()
         seconds = now - self.last_time
         row = {"step": step}

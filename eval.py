@@ -122,8 +122,8 @@ def in_batches(fn, cfg, device, *rows, size=256):
     with common.autocast(cfg.precision, device):
         for batch in zip(*(x.split(size) for x in rows)):
             n = len(batch[0])
-            if n == 0:  # attention on CUDA fails without rows, in bfloat16
-                batch = [x.new_zeros(1, *x.shape[1:]) for x in batch]
+            if n == 0:  # attention on CUDA fails without rows; ones are a text of a token, too
+                batch = [x.new_ones(1, *x.shape[1:]) for x in batch]
             out = fn(*(x.to(device) for x in batch))[:n]
             parts.append(common.at_least_float32(out).cpu())
     return torch.cat(parts)
@@ -1202,15 +1202,16 @@ def held_out_pairs(cfg):
     return data.open_index(data.expand(training[0])[:1]), "training images"
 
 
-def pick_samples(index, n):
-    """n samples spread over an index, each with an image and a caption -> [Sample]."""
+def pick_samples(index, n, captioned=False):
+    """n samples spread over an index, each with an image, or with a caption too -> [Sample]."""
     samples = []
     for start in np.linspace(0, len(index) - 1, n).astype(int).tolist():
         for offset in range(len(index)):
             try:
                 sample = index[(start + offset) % len(index)]
                 sample.image()
-                sample.captions()
+                if captioned:
+                    sample.captions()
             except data.Skip:
                 continue
             samples.append(sample)
@@ -1613,7 +1614,8 @@ def init_model(cfg, model):
         model.load_state_dict(state["model"])
     except RuntimeError as error:
         reason = str(error).partition("\n\t")[2].partition("\n")[0]
-        raise UserError(f"--init {cfg.init} does not fit ({reason}): leave the sizes to the file")
+        raise UserError(f"--init {cfg.init} does not fit ({reason}): repeat the settings of that "
+                        "run, or start from its encoder alone (python eval.py export)")
     print0(f"weights and vocabulary from {cfg.init}, step {state['step']}")
     return state["vocab"]
 

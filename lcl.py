@@ -54,10 +54,10 @@ OBJECTIVES = {"lcl": ("gen", "con"), "gen": ("gen",), "con": ("con",), "gen+reg"
 @dataclass
 class Config:
     # data and output
-    docs: list = None  # training documents: files, folders, globs, {0..9}; none = toy data
+    docs: list = None  # documents: files, folders, globs, {0..9}; without --data, too: toy data
     data: list = None  # training pairs
     docs_share: float = 0.5  # ours: share of documents among the samples of a batch
-    val: list = None  # held-out shards: captions -> retrieval, classes -> zero-shot, kNN, linear
+    val: list = None  # held-out: captions -> retrieval, captions; classes -> zero-shot, kNN, linear
     out: str = "runs/lcl"  # checkpoint, log, results, pictures; a second start goes on here
     fresh: bool = False  # start anew in --out
     init: str = None  # weights to start from: a checkpoint, or an encoder under timm's names
@@ -693,7 +693,7 @@ def main(cfg):
 
 def evaluate(model, tokenizer, cfg, device):
     """Metrics on cfg.val, and how well the last images of documents and the states at their soi
-    find each other, as {name: fraction}; prints them and writes out/result.json.
+    find each other, as {name: value}; prints them and writes out/result.json.
 
     context_r1: images whose own context is the best of all; image_r1: the reverse.
     """

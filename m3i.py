@@ -61,9 +61,9 @@ from common import (Block, TextTransformer, UserError, ViT, all_gather, all_gath
 @dataclass
 class Config:
     # data and output
-    data: list = None  # captioned shards: files, folders, globs, {0..9} ranges; none = toy data
+    data: list = None  # captioned shards: files, folders, globs; without --labels, too: toy data
     labels: list = None  # labeled shards; classes.txt beside them numbers the classes of data too
-    labels_share: float = 0.5  # ours: labeled images in a batch, where there are both
+    labels_share: float = 0.5  # ours: of labeled images; at 0.5 a mixture has one of each kind
     val: list = None  # held-out shards: captions -> retrieval, classes -> zero-shot, kNN, linear
     out: str = "runs/m3i"  # checkpoint, log, results, pictures; a second start goes on here
     fresh: bool = False  # start anew in --out
@@ -689,7 +689,8 @@ def main(cfg):
     start_step, vocab = common.resume_from(cfg, model, optimizer)
 
     indices = [data.open_index(cfg.data), data.open_index(cfg.labels)]
-    tokenizer = data.make_tokenizer(cfg, indices[0], vocab, names)
+    captioned = indices[0] if cfg.w_text > 0 else None  # without the text term none need be
+    tokenizer = data.make_tokenizer(cfg, captioned, vocab, names)
     sources, labels_share = data.two_sources(
         cfg, indices, cfg.labels_share, functools.partial(example, cfg=cfg, tokenizer=tokenizer))
     dataset = data.BatchDataset(sources, cfg.batch, rank(), world_size(), labels_share)
@@ -774,6 +775,8 @@ def class_head_accuracy(model, cfg, device):
         logits, labels, _ = evaluation.embed_labelled(model, index, cfg, device, class_logits)
         unseen = evaluation.unseen_classes(paths, names)
         in_training = torch.isin(labels, torch.where(~unseen)[0])
+        if not in_training.any():
+            return None
         return evaluation.accuracy(logits[in_training], labels[in_training])
     return None
 

@@ -351,7 +351,8 @@ def losses(pixel_loss, caption_loss, valid, cfg):
 
 def example(sample, rng, cfg, tokenizer):
     """A training row: a random resized crop (MAE), maybe mirrored, and one caption."""
-    tokens, valid = tokenizer.pad(sample.caption(rng), cfg.context)
+    caption = sample.caption(rng) if cfg.cap_weight else ""  # pixels alone need none
+    tokens, valid = tokenizer.pad(caption, cfg.context)
     image = sample.image(min_size=round(cfg.image_size / cfg.scale**0.5))
     box = data.random_box(rng, *image.size, cfg.scale)
     flip = cfg.flip and rng.random() < 0.5
@@ -374,7 +375,7 @@ def main(cfg):
     start_step, vocab = common.resume_from(cfg, model, optimizer)
 
     index = data.open_index(cfg.data)
-    tokenizer = data.make_tokenizer(cfg, index, vocab)
+    tokenizer = data.make_tokenizer(cfg, index if cfg.cap_weight else None, vocab)
     order = data.ShuffledOrder(index.starts, cfg.batch, cfg.seed)
     rows = data.TrainingSet(index, order, partial(example, cfg=cfg, tokenizer=tokenizer))
     dataset = data.BatchDataset([rows], cfg.batch, rank(), world_size())
@@ -419,7 +420,7 @@ def main(cfg):
 
 
 def evaluate(model, tokenizer, cfg, device):
-    """Metrics on cfg.val as {name: fraction}; prints them and writes out/result.json."""
+    """Metrics on cfg.val as {name: value}; prints them and writes out/result.json."""
     import eval as evaluation
     return evaluation.evaluate(model, tokenizer, cfg, device)
 

@@ -32,6 +32,7 @@ Departures. The paper's text was not available to us; the method is that of its 
   matching's negatives are drawn; the contrast is over all ranks, gradients and means are exact
 - targets of texts mix the columns of the text-to-image probabilities; the released code takes the
   image-to-text table for both directions
+- texts of boxes, as captions, end with the end token (released: no end token)
 - without boxes, or with --w-pta 0, windows are chosen by the cosine of patches and text (ours)
 - byte-level BPE; captions are not lower-cased, stripped or cut to 30 words; random words of the
   masking are never special tokens
@@ -956,7 +957,7 @@ def draw(model, tokenizer, cfg, device):
                       f"TiMix ({cfg.mix}), {cfg.steps} steps of {cfg.batch}")
 
     how = "the patch predictor" if cfg.boxes else "cosine of patch and text"
-    samples = evaluation.pick_samples(index, 6)
+    samples = evaluation.pick_samples(index, 6, captioned=True)
     with common.autocast(cfg.precision, device):
         cells = mixing_cells(model, tokenizer, samples, cfg, device)
     evaluation.sheet(cells, f"{cfg.out}/mixing.png", 4,

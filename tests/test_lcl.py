@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import common
 import data
+import eval as evaluation
 import lcl
 from common import UserError, rank, world_size
 from conftest import assert_same_gradients, gradients, painted_sample, run, tiny_config
@@ -438,6 +439,8 @@ def test_captions_are_the_likeliest_token_each_time_up_to_the_end_a_soi_or_the_c
     assert len(lengths.unique()) > 3 and lengths.max() == 17  # no caption passes the context
     assert torch.equal(model.generate(images, 20), expected)
     assert model.generate(images[:0], 5).shape == (0, 5)  # a rank may have no rows
+    texts = evaluation.encode_texts(model, Tokenizer(), [], cfg, torch.device("cpu"))
+    assert texts.shape == (0, 16)
 
 
 def test_held_out_contexts_are_matched_by_the_vectors_of_training():

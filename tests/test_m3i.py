@@ -484,6 +484,13 @@ def test_a_special_case_runs_with_its_flags_and_learns_its_term_alone(
         assert row["loss"] == row[term] > 0 and row["grad_norm"] > 0
 
 
+def test_image_terms_alone_need_neither_captions_nor_classes(toy_data, tmp_path):
+    cfg = tiny_config("m3i", toy_data, tmp_path, data=[f"{toy_data}/labels/test-00000.tar"],
+                      labels=None, w_text=0.0, steps=2)
+    rows, _, _ = run(m3i.main, cfg)
+    assert rows[-1].keys() & set(TERMS) == {"intra", "inter"} and rows[-1]["skipped"] == 0
+
+
 def test_the_loss_is_the_weighted_sum_of_the_terms(toy_data, tmp_path):
     cfg = tiny_config("m3i", toy_data, tmp_path, w_inter=0.5, w_text=2.0, color=True, flip=True)
     rows, _, _ = run(m3i.main, cfg)

@@ -292,3 +292,12 @@ def test_a_run_of_one_loss_logs_and_draws_that_alone(toy_data, tmp_path, weight,
     assert {"pixels", "caption"} & log[0].keys() == {term}
     assert log[0]["loss"] == pytest.approx(log[0][term])
     assert (tmp_path / "reconstruction.png").exists()
+
+
+def test_pixels_alone_need_no_captions(toy_data, tmp_path):
+    images = [f"{toy_data}/labels/test-00000.tar"]
+    cfg = tiny_config("mug", toy_data, tmp_path, data=images, val=images, steps=2, eval_every=0,
+                      cap_weight=0.0)
+    log, _, _ = run(mug.main, cfg)
+    assert log[-1]["pixels"] > 0 and log[-1]["skipped"] == 0
+    assert (tmp_path / "reconstruction.png").exists()
