@@ -577,8 +577,26 @@ def cosine_lr(step, steps, warmup, max_lr):
 # ---- command line ----
 
 class Parser(argparse.ArgumentParser):
+    """Errors are one line, that of an unknown flag names the sub-command."""
+
     def error(self, message):
         raise UserError(f"{message}: {self.prog} -h lists the flags")
+
+    def parse_known_args(self, args=None, namespace=None):
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return namespace, unknown
+
+
+def at_least(least):
+    """A type of argparse: integers that are not smaller."""
+    def integer(text):
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value}: at least {least} is needed")
+        return value
+    return integer
 
 
 def flag(name):
@@ -690,8 +708,14 @@ def run_command(command):
             line = f"rank {rank()} has lost another rank: torchrun names the first that failed"
         else:
             raise
+    except KeyboardInterrupt:  # while training, a signal leads to a save instead
+        line = "interrupted"
     except BrokenPipeError:  # | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.filename is None:
+            raise
+        line = printable(f"{error.filename}: {error.strerror}")
     if line is not None:
         if rank() > 0:  # rank 0 says it, and its end ends the others
             time.sleep(2)
@@ -761,6 +785,8 @@ def load_torch_file(path):
 
 def read_checkpoint(path):
     """The dict that save() wrote. ValueError for anything else, FileNotFoundError for none."""
+    if os.path.isfile(path) and not zipfile.is_zipfile(path):
+        raise ValueError("it is cut short, or no checkpoint of this project")
     state = load_torch_file(path)
     if not isinstance(state, dict) or "method" not in state or "config" not in state:
         raise ValueError("it is no checkpoint of this project")

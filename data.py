@@ -103,8 +103,9 @@ def is_hidden(name):
 
 def part_of(name):
     """"train" or "test" if a word of the name says so ("cc3m-validation-00.tar"), else None."""
-    words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)]
-    parts = {PARTS_OF_DATA[word] for word in words if word in PARTS_OF_DATA}
+    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)  # trainSet, TRAINset
+    words += re.findall(r"[A-Z]+(?![a-z])|[A-Z][a-z]+", name)  # COCOTrain
+    parts = {PARTS_OF_DATA[word.lower()] for word in words if word.lower() in PARTS_OF_DATA}
     if len(parts) == 2:
         raise UserError(f"{name} is named both training and held-out: rename it, or give tar files")
     return parts.pop() if parts else None
@@ -212,8 +213,8 @@ def read_lines_near(paths, *names):
             continue
         lines = [line.strip() for line in split_lines(read_text(files[0]))]
         if "" in lines:
-            raise UserError(f"{files[0]}, line {lines.index('') + 1} is empty: fill it in, "
-                            "since in a list of classes a line's number is the class")
+            raise UserError(f"{files[0]}, line {lines.index('') + 1} is empty: fill it in or "
+                            "remove it; in a list of classes a line's number is the class")
         lists[files[0]] = lines
     if not lists:
         return None
@@ -1850,10 +1851,10 @@ class Images:
         """Path of the image that a record calls `name`; None if unknown.
 
         As much of the end of the name is compared as is known below the folder: ../../x finds only
-        an x inside. If the last part alone is known, it must be that of one image.
+        an x inside. If of several parts the last alone is known, it must be that of one image.
         """
         parts = name.replace("\\", "/").split("/")
-        for i in range(len(parts)):
+        for i in range(max(1, len(parts) - 1)):
             place = "/".join(parts[i:])
             if place in self.files:
                 return self.files[place]
@@ -1930,7 +1931,8 @@ def karpathy_captions(job, rows):
             if field(row, "split", str).replace("restval", "train") != job.split:
                 continue
             for sentence in field(row, "sentences", list):
-                yield name, {"caption": [field(sentence, "raw", str).strip()]}
+                with job.record("sentence", row):
+                    yield name, {"caption": [field(sentence, "raw", str).strip()]}
 
 
 def from_instances(job):
@@ -2558,10 +2560,12 @@ def make_parser():
     task = add_task("make", "write the toy data", MAKE_HELP)
     task.add_argument("--root", default="runs", help="folder above it [runs]")
     task.add_argument("--parts", nargs="+", choices=TOY_PARTS, default=list(TOY_PARTS))
-    task.add_argument("--scenes", type=int, default=20_000, help="training pairs [20000]")
-    task.add_argument("--documents", type=int, default=4_000, help="training documents [4000]")
+    task.add_argument("--scenes", type=common.at_least(1), default=20_000,
+                      help="training pairs [20000]")
+    task.add_argument("--documents", type=common.at_least(1), default=4_000,
+                      help="training documents [4000]")
     task.add_argument("--noise", type=float, default=0.0, help="share of wrong captions [0]")
-    task.add_argument("--seed", type=int, default=0)
+    task.add_argument("--seed", type=common.at_least(0), default=0)
 
     task = add_task("index", "count shards and samples, say what is odd about archives")
     task.add_argument("shards", **shards)
@@ -2580,7 +2584,8 @@ def make_parser():
     task.add_argument("--images", metavar="FOLDER", help="not for --from folder")
     task.add_argument("--annotations", nargs="+", default=[], metavar="FILE", help="vqa: answers")
     task.add_argument("--split", **split)
-    task.add_argument("--per-shard", type=int, default=1000, help="samples in a shard [1000]")
+    task.add_argument("--per-shard", type=common.at_least(1), default=1000,
+                      help="samples in a shard [1000]")
     task.add_argument("--out", required=True, metavar="FOLDER")
 
     task = add_task("filter", "drop what ALIGN's rules drop", FILTER_HELP)

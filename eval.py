@@ -350,7 +350,8 @@ def linear_probe(train, train_labels, test):
 
     train (N, E), train_labels (N,), test (M, E). C is searched as CLIP does (appendix A.3) but more
     coarsely (ours): powers of a hundred from 1e-6 to 1e6, then steps of 10, 3.2 and 1.8 around the
-    best, by accuracy on every fifth training row after 100 iterations; then all rows are fitted.
+    best, by accuracy on a random fifth of the training rows after 100 iterations; then all rows are
+    fitted.
     """
     if len(train) < 5:
         raise UserError(f"a linear probe needs at least 5 labelled training images, here are "
@@ -358,7 +359,8 @@ def linear_probe(train, train_labels, test):
     n_classes = int(train_labels.max()) + 1
     center = train.double().mean(0)  # as the bias is free, the optimum stays; it is found sooner
     train = train.double() - center
-    held_out = torch.arange(len(train), device=train.device) % 5 == 4
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+    held_out = order.to(train.device) % 5 == 4  # random, as files may hold the classes in turn
     no_weight = train.new_zeros(train.shape[1], n_classes)
     fits = {-math.inf: (no_weight, train.new_zeros(n_classes))}  # power of ten -> weight, bias
     scores = {}
@@ -870,17 +872,20 @@ def recall_rows(recall, owner, mark=""):
 
 
 def training_shards(paths):
-    """The training part beside these held-out shards or one folder up; [] if there is none."""
-    folder = os.path.dirname(os.path.abspath(paths[0]))
+    """The training part beside each of these held-out shards or one folder up; [] if none has any.
+    """
     held_out = {os.path.realpath(path) for path in paths}
-    for place in (folder, os.path.dirname(folder)):
-        try:
-            found = data.expand(place, "train")
-        except UserError:
-            continue
-        if not held_out & {os.path.realpath(path) for path in found}:
-            return found
-    return []
+    found = []
+    for folder in dict.fromkeys(os.path.dirname(os.path.abspath(path)) for path in paths):
+        for place in (folder, os.path.dirname(folder)):
+            try:
+                part = data.expand(place, "train")
+            except UserError:
+                continue
+            if not held_out & {os.path.realpath(path) for path in part}:
+                found += part
+                break
+    return list(dict.fromkeys(found))
 
 
 def open_parts(paths, need):
@@ -891,8 +896,8 @@ def open_parts(paths, need):
     train_paths = training_shards(paths)
     if not train_paths:
         folder = os.path.dirname(os.path.abspath(paths[0]))
-        raise UserError(f"{need}, and there are none beside {paths[0]} or one folder up: "
-                        f"put train-*.tar into {folder}")
+        raise UserError(f"{need}, of which none was found in {folder} or one folder up: put "
+                        "train-*.tar there, and the word train, val or test into all names")
     return data.open_index(train_paths), data.open_index(paths)
 
 
@@ -900,16 +905,19 @@ def frozen_features(model, paths, cfg, device, fn):
     """fn of the labelled training images and of the held-out ones: what a probe needs.
 
     -> train (N, ...), train_labels (N,), test (M, ...), labels (M,). Held-out images of a class
-    that no training image has are left out: a probe cannot know it.
+    that no training image has are left out: a probe cannot know it. Classes are numbered anew,
+    without gaps.
     """
     train_index, index = open_parts(paths, "knn and linear also need labelled training shards")
+    data.read_class_names(paths)  # refuses folders whose numbers mean different classes
     train, train_labels, _ = embed_labelled(model, train_index, cfg, device, fn)
     test, labels, _ = embed_labelled(model, index, cfg, device, fn)
     known = torch.isin(labels, train_labels)
     if not known.any():
         raise UserError(f"no image of {paths[0]} ... has a class that one of "
                         f"{train_index.paths[0]} ... has: give a training part of the same classes")
-    return train, train_labels, test[known], labels[known]
+    classes, train_labels = train_labels.unique(return_inverse=True)
+    return train, train_labels, test[known], torch.searchsorted(classes, labels[known])
 
 
 def probe_rows(name, predicted, labels):
@@ -1447,6 +1455,8 @@ def load_model(path, device):
     except (TypeError, RuntimeError) as error:
         raise UserError(f"{path} was written by another version of {METHODS[method]}.py "
                         f"({common.one_line(error)}): use that version, or train again")
+    if device.type == "cpu" and cfg.precision == "bf16":  # trained on another device
+        cfg = replace(cfg, precision="auto")
     return model.to(device).eval(), data.Tokenizer.loads(state["vocab"]), cfg
 
 
@@ -1543,6 +1553,11 @@ def init_encoder(vision, path):
     """
     tensors, meta = read_encoder(path)
     own = {name: x.detach().cpu() for name, x in vision.state_dict().items()}
+    n_positions = tensors["pos_embed"].shape[1]
+    n_cls = int("cls_token" in tensors)
+    if n_positions - math.isqrt(n_positions) ** 2 > n_cls:
+        raise UserError(f"{path} does not fit: its {n_positions} positions are not those of a "
+                        "square grid and at most a class token")
     cls, patches = resize_positions(tensors["pos_embed"], vision.grid)
     if vision.cls_token is None:
         tensors.pop("cls_token", None)
@@ -1586,6 +1601,10 @@ def fields_from_init(path, Config, given):
     """Config fields that the file of --init decides; UserError where a flag says otherwise."""
     state = checkpoint_of(path, Config.method)
     if state is not None:
+        missing = [name for name in Config.model_fields if name not in state["config"]]
+        if missing:
+            raise UserError(f"--init {path} is of another version, without {missing[0]}: "
+                            "train it again")
         sizes = {name: state["config"][name] for name in Config.model_fields}
     else:
         tensors, meta = read_encoder(path)
@@ -1715,7 +1734,7 @@ def add_head_arguments(parser, task):
                             help=f"{text} [{default:g}; toy data {toy_default:g}]")
     parser.add_argument("--frozen", action="store_true", default=None,
                         help="leave the image encoder as it is and train the rest")
-    parser.add_argument("--workers", type=int,
+    parser.add_argument("--workers", type=common.at_least(0),
                         help="loader processes of a rank [its cores less one]")
 
 
@@ -2484,25 +2503,35 @@ def held_out_shards(args, part):
     return " ".join(patterns), data.expand(patterns, "test")
 
 
-def write_results(rows, task, split, checkpoint, args):
-    """A line of JSON for each result -> the lines, which are also added to eval.jsonl in --out."""
+def result_lines(rows, task, split, checkpoint, args):
+    """A line of JSON for each result."""
     lines = []
     for metric, value, n in rows:
         if value is not None and not math.isfinite(value):
             value = None
         record = {"metric": metric, "value": value, "n": n, "protocol": task, "split": split,
                   "checkpoint": checkpoint, "seed": args.seed, "random_init": args.random_init}
-        lines.append(json.dumps(record))
-    if args.out is not None and rank() == 0:
-        os.makedirs(args.out, exist_ok=True)
-        with open(os.path.join(args.out, "eval.jsonl"), "a") as f:
-            f.writelines(line + "\n" for line in lines)
+        lines.append(json.dumps(record) + "\n")
     return lines
+
+
+def make_folder(path):
+    """At the start, so that a mistyped one costs nothing."""
+    if path is not None and rank() == 0:
+        os.makedirs(path, exist_ok=True)
+
+
+def append(lines, folder):
+    """Add lines to eval.jsonl."""
+    if folder is not None and rank() == 0:
+        with open(os.path.join(folder, "eval.jsonl"), "a") as f:
+            f.writelines(lines)
 
 
 def run_protocol(args, device):
     """One protocol or head on one checkpoint: a line of JSON for each result, then a table."""
     task = args.command
+    make_folder(args.out)
     model, tokenizer, cfg = load_model(args.checkpoint, device)
     if not supports(model, task):
         supported = [name for name in [*PROTOCOLS, *HEADS] if supports(model, name)]
@@ -2515,9 +2544,10 @@ def run_protocol(args, device):
         rows = HEADS[task](model, tokenizer, paths, cfg, device, args)
     else:
         rows = PROTOCOLS[task](model, tokenizer, paths, cfg, device)
-    print0("\n".join(write_results(rows, task, split, args.checkpoint, args)))
+    lines = result_lines(rows, task, split, args.checkpoint, args)
     note = " with new weights" if args.random_init else ""
-    print0(f"{args.checkpoint}{note}, {task} on {split}:\n{table(rows)}")
+    print0(f"{''.join(lines)}{args.checkpoint}{note}, {task} on {split}:\n{table(rows)}")
+    append(lines, args.out)
 
 
 def read_picture(path):
@@ -2533,8 +2563,7 @@ def run_search(args, device):
     """The nearest images: score, file, sample and caption of each, and a sheet."""
     if args.text is None and args.image is None:
         raise UserError("search needs --text, --image, or both")
-    if args.k < 1:
-        raise UserError(f"--k {args.k}: at least one image is needed")
+    make_folder(args.out)
     picture = None if args.image is None else read_picture(args.image)
     model, tokenizer, cfg = load_model(args.checkpoint, device)
     if not supports(model, "retrieval") and (args.text is not None or args.minus is not None):
@@ -2554,10 +2583,9 @@ def run_search(args, device):
             text = read_captions(sample)[0]
         except data.Skip:
             text = ""
-        print0(f"{score:7.3f}  {index.place(number)}  {text}")
+        print0(common.printable(f"{score:7.3f}  {index.place(number)}  {text}"))
         cells.append((sample.image(), f"{score:.3f} {text}", None))
     if rank() == 0:
-        os.makedirs(args.out, exist_ok=True)
         sheet(cells, os.path.join(args.out, "search.png"), 7,
               f"Query (framed) and the nearest of {len(index):,} samples")
     print0(f"pictures: {os.path.join(args.out, 'search.png')}")
@@ -2578,6 +2606,7 @@ def run_compare(args, device):
     if patterns is None:
         folder = common.main_process_first(data.make_toy_data)
         patterns = [os.path.join(folder, part) for part in ("pairs", "labels")]
+    make_folder(args.out)
     columns = {}  # title of a checkpoint -> {(data, metric, n): text}
     reasons = []
     for checkpoint in args.checkpoint:
@@ -2587,14 +2616,13 @@ def run_compare(args, device):
         results = run_protocols(model, tokenizer, patterns, cfg, device)
         for pattern, task, rows, reason in results:
             print0(f"{title}: {task} on {pattern}")
-            write_results(rows, task, pattern, checkpoint, args)
+            append(result_lines(rows, task, pattern, checkpoint, args), args.out)
             for metric, value, n, baselines in shown(rows):
                 columns[title][pattern, metric, n] = f"{value} {baselines}".rstrip()
             if reason is not None:
                 columns[title][pattern, task, "-"] = "-"
                 reasons.append(f"{title}, {task} on {pattern}: {reason}")
             if rank() == 0:  # after each: nothing is lost
-                os.makedirs(args.out, exist_ok=True)
                 with open(os.path.join(args.out, "compare.md"), "w", encoding="utf-8") as f:
                     f.write(report(columns, reasons) + "\n")
     print0(report(columns, reasons))
@@ -2634,7 +2662,7 @@ def make_parser():
         if name in ("knn", "linear", *HEADS):
             command.add_argument("--random-init", action="store_true",
                                  help="new weights of the same sizes: what training has to beat")
-            command.add_argument("--seed", type=int, default=0,
+            command.add_argument("--seed", type=common.at_least(0), default=0,
                                  help="of new weights and training [0]")
         if name in HEADS:
             add_head_arguments(command, name)
@@ -2646,7 +2674,7 @@ def make_parser():
     command.add_argument("--text", help="what the images should show")
     command.add_argument("--image", metavar="FILE", help="a picture that they should resemble")
     command.add_argument("--minus", metavar="TEXT", help="what they should not show")
-    command.add_argument("--k", type=int, default=20, help="how many images [20]")
+    command.add_argument("--k", type=common.at_least(1), default=20, help="how many images [20]")
 
     command = add_command(commands, "compare", run_compare, nargs="+")
     command.add_argument("--data", nargs="+", metavar="PATH", help=f"{shards}; each is a data set")

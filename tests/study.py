@@ -129,7 +129,9 @@ CLAIMS = {  # in the order in which they run
         arms={name: Arm("lcl", dict(objective=name, lr=DOCUMENT_RATE))
               for name in ("lcl", "con", "gen", "gen+reg")}),
     "G": Claim(
-        # finetune: a tenth as many images as pairs; up to commit 75e122b for 12 epochs, now for 20
+        # finetune: a tenth as many images as pairs; lines of commit 75e122b have it for 12 epochs,
+        # with smaller crops, and their own name for it; linear: when it ran, C was chosen on every
+        # fifth training row, now on a random fifth
         "MUG: pixels and captions together",
         samples=64_000, batch=128, seeds=4, minutes=11, sources={"data": "pairs"},
         tasks=["linear", "knn", "finetune", "segment"],
@@ -312,7 +314,8 @@ def values_of(results, key, name, metric, seeds):
     """{seed: value} of the finished runs of an arm."""
     key = CLAIMS[key].arms[name].same_as or key
     lines = {seed: results[key, name, seed] for seed in seeds if (key, name, seed) in results}
-    return {seed: line["metrics"][metric] for seed, line in lines.items()}
+    return {seed: line["metrics"][metric] for seed, line in lines.items()
+            if metric in line["metrics"]}
 
 
 def verdict(low, high, margin=None):
@@ -354,7 +357,8 @@ def report(results, key, seeds):
             if len(values) > 1:
                 cell += f" ± {100 * statistics.stdev(values.values()):.1f}"
             cells.append(cell)
-        missing = [str(seed) for seed in seeds if seed not in values]
+        judged = values_of(results, key, name, claim.metrics[0], seeds)
+        missing = [str(seed) for seed in seeds if seed not in judged]
         if missing:
             cells[0] += f" (missing: seed {', '.join(missing)})"
         print(f"| {' | '.join(cells)} |")

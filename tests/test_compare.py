@@ -69,6 +69,24 @@ def test_a_command_prints_a_line_of_json_a_result_and_adds_them_to_a_file(
     assert results(tmp_path) == rows * 2
 
 
+def test_a_folder_that_cannot_be_is_told_before_the_work(two, small_labels, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    argv = ["knn", two[0], "--data", small_labels, "--out", str(tmp_path / "file")]
+    with pytest.raises(SystemExit) as end:
+        common.run_command(partial(evaluation.main, argv))
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and not out
+    assert err == f"error: {tmp_path}/file: File exists\n"
+
+
+def test_a_checkpoint_trained_in_bfloat16_is_evaluated_in_float32_on_the_cpu(two, tmp_path):
+    state = common.read_checkpoint(two[0])
+    state["config"]["precision"] = "bf16"
+    torch.save(state, tmp_path / "last.pt")
+    _, _, cfg = evaluation.load_model(str(tmp_path / "last.pt"), CPU)
+    assert cfg.precision == "auto"
+
+
 def test_random_init_measures_new_weights_of_the_same_sizes(two, small_labels, tmp_path):
     evaluation.main(["knn", two[0], "--data", small_labels, "--out", str(tmp_path),
                      "--random-init", "--seed", "1"])
@@ -175,7 +193,7 @@ def test_an_image_plus_a_text_minus_another_finds_what_the_papers_weights_say(
     (["caption", "ALIGN"], "does not have: it can do zeroshot, retrieval, knn"),
     (["search", "MUG", "--text", "x"], "search by --image alone"),
     (["search", "ALIGN"], "needs --text, --image"),
-    (["search", "ALIGN", "--text", "x", "--k", "0"], "--k 0"),
+    (["search", "ALIGN", "--text", "x", "--k", "0"], "argument --k: 0: at least 1"),
     (["search", "ALIGN", "--image", __file__], "test_compare.py cannot be read"),
     (["export", "ALIGN", "--out", "x.onnx"], "--out x.onnx"),
     (["knn", "ALIGN", "--text", "x"], "--text"),

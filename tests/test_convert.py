@@ -95,10 +95,10 @@ def test_coco_captions_become_one_sample_per_image(folder, capsys):
 
 
 @pytest.mark.parametrize("split, shades", [("train", [1, 2]), ("test", [3])])
-def test_karpathys_training_part_is_train_and_restval(folder, split, shades):
+def test_karpathys_training_part_is_train_and_restval(folder, split, shades, capsys):
     rows = []
     for i, part in ((1, "train"), (2, "restval"), (3, "test")):
-        sentences = [{"raw": f" {i} {k}", "tokens": []} for k in (1, 2)]
+        sentences = [{"raw": raw, "tokens": []} for raw in (f" {i} 1", " ", f"{i} 2")]
         rows.append({"filepath": "train2014", "filename": coco_name(i), "cocoid": i, "split": part,
                      "sentences": sentences})
     del rows[0]["filepath"]  # Flickr30k's rows have none
@@ -107,6 +107,8 @@ def test_karpathys_training_part_is_train_and_restval(folder, split, shades):
     samples = convert(folder, "captions", file, split=split)
     assert [shade_of(sample) for sample in samples] == shades
     assert [s.captions() for s in samples] == [[f"{i} 1", f"{i} 2"] for i in shades]
+    of_first = f"filename {coco_name(shades[0])}"
+    assert dropped(capsys) == {"sentence with no usable raw": (len(shades), of_first)}
 
 
 # ---- boxes, questions ----
@@ -292,13 +294,15 @@ def test_mmc4_documents_keep_the_images_that_are_there(folder, capsys):
 # ---- names ----
 
 def test_images_of_one_name_are_told_apart_by_their_folders_or_not_taken(tmp_path, capsys):
-    make_class_folders(tmp_path / "images", "cat/1.jpg", "dog/1.jpg", "dog/v1.2.x.jpg")
-    names = dict(enumerate(["x\\dog\\1.jpg", "x/cat/1.jpg", "1.jpg", "v1.2.x.jpg", "none.jpg"]))
+    make_class_folders(tmp_path / "images", "cat/1.jpg", "dog/1.jpg", "dog/v1.2.x.jpg", "cat/2.jpg")
+    write(tmp_path / "images" / "2.jpg", image_bytes(90))
+    names = dict(enumerate(["x\\dog\\1.jpg", "x/cat/1.jpg", "1.jpg", "v1.2.x.jpg", "none.jpg",
+                            "cow/2.jpg"]))
     rows = [{"image_id": i, "caption": name} for i, name in names.items()]
     samples = convert(tmp_path, "captions", write_json(tmp_path, "x.json", coco(rows, names)))
     assert {sample.json["caption"][0]: shade_of(sample) for sample in samples} == {
         "x\\dog\\1.jpg": 2, "x/cat/1.jpg": 1, "v1.2.x.jpg": 3}
-    assert dropped(capsys) == {data.NOT_FOUND: (2, "1.jpg")}
+    assert dropped(capsys) == {data.NOT_FOUND: (3, "1.jpg")}
 
 
 @pytest.mark.parametrize("name", ["..\\secret.jpg", "{}/secret.jpg", "/"])

@@ -104,6 +104,7 @@ def test_braces_are_expanded_as_in_a_shell(pattern, names):
 
 @pytest.mark.parametrize("train, test", [
     ("cc3m-train-0000.tar", "cc3m-validation-00.tar"), ("train2017/0.tar", "imagenetVal-0.tar"),
+    ("COCOTrain0.tar", "TESTset0.tar"),
 ])
 def test_words_in_the_names_tell_the_parts_of_a_folder_apart(tmp_path, train, test):
     for name in (train, test):

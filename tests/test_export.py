@@ -198,7 +198,8 @@ def test_a_damaged_file_is_not_mistaken_for_a_sound_one(tmp_path):
     ({"depth": 3}, {}, "blocks.2.norm1.weight is missing there and (16,) here"),
     ({}, {"norm_pre.weight": torch.ones(16)}, "norm_pre.weight is (16,) there and missing here"),
     ({"heads": 4}, {}, "has 2 heads, not 4"),
-], ids=["dim", "depth", "extra", "heads"])
+    ({}, {"pos_embed": torch.ones(1, 7, 16)}, "its 7 positions are not those of a square grid"),
+], ids=["dim", "depth", "extra", "heads", "grid"])
 def test_an_encoder_that_does_not_fit_is_refused_with_both_sizes(tmp_path, here, there, message):
     state = {"model": {**weights(make_vit()), **there}, "metadata": {"heads": "2"}}
     path = saved(tmp_path / "a.pt", state)

@@ -58,7 +58,7 @@ def test_a_probe_separates_what_can_be_separated_and_refuses_four_images():
         linear_probe(train[:4], labels[:4], test)
 
 
-def test_C_is_the_best_of_those_tried_on_every_fifth_row(monkeypatch):
+def test_C_is_the_best_of_those_tried_on_a_random_fifth(monkeypatch):
     train, clean = clouds(200, 20, 2, noise=1, seed=3)
     labels = clean ^ (torch.rand(200, generator=torch.Generator().manual_seed(4)) < 0.3)
     fits = []
@@ -73,11 +73,21 @@ def test_C_is_the_best_of_those_tried_on_every_fifth_row(monkeypatch):
     linear_probe(train, labels, train)
     *searched, (best, n_rows, _) = fits
     assert n_rows == 200 and {n for _, n, _ in searched} == {160}
-    held_out = (train - train.mean(0))[4::5].double()
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(0))
+    fifth = order % 5 == 4
+    held_out = (train - train.mean(0))[fifth].double()
     right = {}
     for C, _, (weight, bias) in searched:
-        right[C] = ((held_out @ weight + bias).argmax(1) == labels[4::5]).sum().item()
+        right[C] = ((held_out @ weight + bias).argmax(1) == labels[fifth]).sum().item()
     assert right[best] == max(right.values()) > min(right.values())
+
+
+def test_a_probe_does_not_mind_classes_in_turn():
+    torch.manual_seed(0)
+    labels = torch.arange(200) % 10  # every fifth row: two classes alone
+    signal = torch.eye(10)[labels] + 0.2 * torch.randn(200, 10)
+    train = torch.cat([signal, 20 * torch.randn(200, 2)], 1)  # the smallest C sees the noise alone
+    assert (linear_probe(train, labels, train) == labels).float().mean() > 0.95
 
 
 # ---- models whose answers are known ----
@@ -254,8 +264,22 @@ def test_shards_without_training_part_or_usable_sample_are_refused_in_one_line(t
         evaluation.PROTOCOLS["knn"](Blind(), BYTES, paths, CFG, CPU)
 
     assert "also need labelled training shards" in refused(knn, alone)
+    assert "word train, val or test into all names" in refused(knn, alone)
     assert "none of the 1 samples" in refused(knn, no_class)
     assert "a class that one of" in refused(knn, other)
+
+
+def test_training_parts_of_all_folders_count_and_numbers_of_classes_may_have_gaps(tmp_path):
+    paths = []
+    for name, color, label in (("a", "red", 3), ("b", "blue", 2**31 - 1)):
+        write_shard(tmp_path / name / "train-0.tar", labelled((color, label)))
+        paths.append(write_shard(tmp_path / name / "test-0.tar", labelled((color, label))))
+    rows = evaluation.PROTOCOLS["knn"](Judge(), BYTES, paths, CFG, CPU)
+    assert rows[0] == ("knn", 1.0, 2)
+    (tmp_path / "a/classes.txt").write_text("a\nb")
+    (tmp_path / "b/classes.txt").write_text("b\na")
+    with pytest.raises(UserError, match="differ: use the shards one folder at a time"):
+        evaluation.PROTOCOLS["knn"](Judge(), BYTES, paths, CFG, CPU)
 
 
 # ---- zero-shot and re-ranking ----
