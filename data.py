@@ -1135,10 +1135,7 @@ class Tokenizer:
     def train(cls, texts, vocab_size):
         """Merge the most frequent pair of neighbors, on ties the one with the smaller ids, until
         there are vocab_size ids or no pair occurs twice."""
-        counts = collections.Counter()
-        for text in texts:
-            counts.update(cls.WORDS.findall(text))
-        words = [(cls.byte_ids(word), n) for word, n in sorted(counts.items())]
+        words = cls.count_words(texts)
         pair_counts = collections.Counter()
         words_with = collections.defaultdict(set)  # numbers of the words that have a pair
         for i, (ids, n) in enumerate(words):
@@ -1171,6 +1168,14 @@ class Tokenizer:
                 if other != pair and pair_counts[other] > 0:
                     heapq.heappush(heap, (-pair_counts[other], other))
         return cls(merges)
+
+    @classmethod
+    def count_words(cls, texts):
+        """[(ids of the bytes of a word, how often it occurs)]"""
+        counts = collections.Counter()
+        for text in texts:
+            counts.update(cls.WORDS.findall(text))
+        return [(cls.byte_ids(word), n) for word, n in sorted(counts.items())]
 
     @classmethod
     def byte_ids(cls, word):

@@ -798,11 +798,20 @@ def match_scorer(model, tokenizer, index, texts, cfg, device):
     return score
 
 
+def zeroshot_classifier(model, tokenizer, names, templates, cfg, device):
+    """Every template filled with every class name -> (C, E), a unit vector for each class (CLIP).
+    """
+    prompts = []
+    for name in names:
+        prompts += [template.replace("{c}", name).replace("{}", name) for template in templates]
+    text = encode_texts(model, tokenizer, prompts, cfg, device)
+    return prompt_ensemble(text.unflatten(0, (len(names), len(templates))))
+
+
 def zeroshot(model, tokenizer, paths, cfg, device):
     """Zero-shot accuracy by class names in prompts (CLIP).
 
-    Every template beside the shards is filled with every class name; every image competes among
-    all classes.
+    Templates and class names are those beside the shards; every image competes among all classes.
     """
     names = class_names(paths)
     templates = class_templates(paths)
@@ -810,11 +819,7 @@ def zeroshot(model, tokenizer, paths, cfg, device):
     image, labels, _ = embed_labelled(model, index, cfg, device, model.encode_image)
     check_labels(labels, names, paths)
 
-    prompts = []
-    for name in names:
-        prompts += [template.replace("{c}", name).replace("{}", name) for template in templates]
-    text = encode_texts(model, tokenizer, prompts, cfg, device)
-    classifier = prompt_ensemble(text.unflatten(0, (len(names), len(templates))))
+    classifier = zeroshot_classifier(model, tokenizer, names, templates, cfg, device)
     scores = image @ classifier.T
     predicted = labels.where(target_ranks(scores, labels) < 1, -1)  # -1: another class is first
 
@@ -1806,6 +1811,14 @@ def batch_size(batch, n):
     return math.ceil(batch / world_size()) * world_size()
 
 
+def head_batches(train, example, n_rows, steps, recipe, device):
+    """data.loader's batches of all samples of an Index, shuffled as one shard."""
+    order = data.ShuffledOrder([0, len(train)], n_rows, recipe.seed)
+    rows = data.TrainingSet(train, order, example)
+    dataset = data.BatchDataset([rows], n_rows, rank(), world_size())
+    return data.loader(dataset, 0, steps, recipe.workers, device)
+
+
 def train_head(head, train, example, recipe, cfg, device, task):
     """Train a head in place: AdamW, linear warm-up, half a cosine. Where there are too few images
     for the recipe's batch, its rate falls in proportion (ours).
@@ -1817,10 +1830,7 @@ def train_head(head, train, example, recipe, cfg, device, task):
     max_lr = recipe.lr * min(1, n_rows / recipe.batch)
     steps = max(1, round(recipe.epochs * len(train) / n_rows))
     warmup = round(recipe.warmup * steps)
-    order = data.ShuffledOrder([0, len(train)], n_rows, recipe.seed)
-    rows = data.TrainingSet(train, order, example)
-    dataset = data.BatchDataset([rows], n_rows, rank(), world_size())
-    batches = data.loader(dataset, 0, steps, recipe.workers, device)
+    batches = head_batches(train, example, n_rows, steps, recipe, device)
 
     head.to(device).train()
     head.vision.requires_grad_(not recipe.frozen)  # fixed sine positions, too, as MAE's code
@@ -2302,6 +2312,12 @@ def true_boxes(sample, labels, size):
     return torch.cat([label[:, None], low, high - low, crowd[:, None]], 1)
 
 
+def coco_records(rows, last):
+    """(K, 7): image, class, x, y, w, h and the field `last` -> records as COCO has them."""
+    return [{"image_id": image, "category_id": label, "bbox": box, last: value}
+            for image, label, *box, value in rows.tolist()]
+
+
 def evaluate_detector(head, index, labels, train_images, cfg, device):
     """Box AP; AP_rare, AP_common, AP_frequent: of classes by their number of training images.
 
@@ -2318,11 +2334,8 @@ def evaluate_detector(head, index, labels, train_images, cfg, device):
     truths = all_gather_rows(torch.cat(truths))
     check_evaluated(len(truths), index)
 
-    dicts = []
-    for rows, last in ((predictions, "score"), (truths, "iscrowd")):
-        dicts.append([{"image_id": image, "category_id": label, "bbox": box, last: value}
-                      for image, label, *box, value in rows.tolist()])
-    ap = average_precision(*dicts, train_images)
+    ap = average_precision(coco_records(predictions, "score"), coco_records(truths, "iscrowd"),
+                           train_images)
     return [(metric, value, len(truths)) for metric, value in ap.items()]
 
 

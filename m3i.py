@@ -524,6 +524,14 @@ def images_in_mixture(tokens, mask, cfg):
     return [(pooled, row_a, share_a), (pooled, row_b, 1 - share_a)]
 
 
+def encode_mixture(images, mask, cfg, encode):
+    """Mix images (B, 3, S, S) as mask (B, L) says -> tokens of the mixtures (B, L, D)."""
+    mixed = mix(images, mask, cfg)
+    if cfg.block_attention:
+        return checkpointed_chunks(encode, cfg.micro, mixed, same_image(mask))
+    return checkpointed_chunks(encode, cfg.micro, mixed)
+
+
 def losses(model, batch, mask, cfg, encode, encode_ema):
     """M3I's terms from one encoder pass over mixed images, and metrics: {name: 0-dim tensor} each.
 
@@ -537,11 +545,7 @@ def losses(model, batch, mask, cfg, encode, encode_ema):
     terms = {}
     metrics = {}
 
-    mixed = mix(batch["first"], mask, cfg)
-    if cfg.block_attention:
-        tokens = checkpointed_chunks(encode, cfg.micro, mixed, same_image(mask))  # (B, L, D)
-    else:
-        tokens = checkpointed_chunks(encode, cfg.micro, mixed)
+    tokens = encode_mixture(batch["first"], mask, cfg, encode)  # (B, L, D)
 
     # intra-view: image a's visible patches predict its hidden patches, in the same view
     if cfg.w_intra > 0:
@@ -806,13 +810,7 @@ def draw(model, tokenizer, cfg, device):
 
     picked = torch.linspace(0, len(ids) - 1, 8).long().tolist()
     n_near = min(5, len(ids) - 1)
-    cells = []
-    for i in picked:
-        similarity = features @ features[i]  # (I,)
-        similarity[i] = -math.inf
-        cells.append((picture(i), "", None))
-        for j in similarity.topk(n_near).indices.tolist():
-            cells.append((picture(j), f"{similarity[j]:.2f}", None))
+    cells = neighbour_cells(features, picture, picked, n_near)
     evaluation.sheet(cells, f"{cfg.out}/neighbours.png", 1 + n_near,
                      f"{title.capitalize()}: an image (left) and its nearest")
 
@@ -824,6 +822,18 @@ def draw(model, tokenizer, cfg, device):
         cells += mixture_cells(picture(a), picture(b), rng, model, cfg)
     evaluation.sheet(cells, f"{cfg.out}/views.png", 4,
                      f"{title.capitalize()}: two images, mixed, and another view of b", size=144)
+
+
+def neighbour_cells(features, picture, picked, n_near):
+    """Cells of a sheet: picture(i) of the picked rows of features (I, D), each with its nearest."""
+    cells = []
+    for i in picked:
+        similarity = features @ features[i]  # (I,)
+        similarity[i] = -math.inf
+        cells.append((picture(i), "", None))
+        for j in similarity.topk(n_near).indices.tolist():
+            cells.append((picture(j), f"{similarity[j]:.2f}", None))
+    return cells
 
 
 def mixture_cells(image_a, image_b, rng, model, cfg):

@@ -445,13 +445,13 @@ def draw(model, tokenizer, cfg, device):
     with common.autocast(cfg.precision, device):
         cells = reconstruction_cells(model, tokenizer, images, cfg.seed)
     columns = 2 * len(cells) // len(images)  # two images in a row
-    shown = ["image"]
+    contents = ["image"]
     if cfg.cap_weight:
-        shown = ["image with generated caption"]
+        contents = ["image with generated caption"]
     if cfg.recon_weight:
-        shown += ["what is seen of it", "reconstruction"]
+        contents += ["what is seen of it", "reconstruction"]
     evaluation.sheet(cells, f"{cfg.out}/reconstruction.png", columns,
-                     f"{title.capitalize()}: {', '.join(shown)}", size=144)
+                     f"{title.capitalize()}: {', '.join(contents)}", size=144)
 
 
 @torch.no_grad()

@@ -971,17 +971,17 @@ def mixing_cells(model, tokenizer, samples, cfg, device):
     import eval as evaluation
     texts = [sample.captions(lines=True)[0] for sample in samples]
     tokens, valid = evaluation.tokenize(tokenizer, texts, cfg.context)
-    images = torch.stack([torch.tensor(model.held_out_view(s.image())) for s in samples])
+    images = torch.stack([torch.tensor(model.held_out_view(sample.image())) for sample in samples])
     encoded = model.encode(images.to(device), tokens.to(device), valid.to(device))
     scores = model.patch_scores(encoded).float().cpu()  # (B, N)
     n = model.vision.grid
     mixed, lam = text_aware_mix(images, scores, max(1, n // 2), len(images))
     maps = [evaluation.overlay(*pair) for pair in zip(images, scores.view(-1, n, n))]
     cells = []
-    for i, text in enumerate(texts):
+    for i in range(len(texts)):
         j = len(texts) - 1 - i
         cells += [
-            (images[i], text, None),
+            (images[i], texts[i], None),
             (maps[i], "patches of its caption", None),
             (maps[j], f"partner: {texts[j]}", None),
             (mixed[i], f"mixed: {lam:.2f} its own", None),
