@@ -169,6 +169,11 @@ CLAIMS = {  # in the order in which they run
             "clean-2500": Arm("align", toy=dict(scenes=2500)),
             **{f"noisy-{n}": Arm("align", toy=dict(scenes=n, noise=0.4))
                for n in (2500, 5000, 10_000, 20_000)},
+            # after the verdict, to find its reason: 500 steps are few for captions of which many
+            # are wrong
+            "clean-2500-long": Arm("align", toy=dict(scenes=2500), share=4.0),
+            **{f"noisy-{n}-long": Arm("align", toy=dict(scenes=n, noise=0.4), share=4.0)
+               for n in (2500, 20_000)},
         }),
     "L2": Claim(
         "LCL: as good as contrast on pairs, within 3 points",

@@ -29,7 +29,8 @@ DIFFERENCES = {
           "inter": {"w_class", "w_inter"}, "all": {"w_text", "w_intra", "w_inter"},
           "two-stages": {"w_text", "steps", "init"}},
     "A": {"noisy-2500": {"data"}, "noisy-5000": {"data"}, "noisy-10000": {"data"},
-          "noisy-20000": {"data"}},
+          "noisy-20000": {"data"}, "clean-2500-long": {"steps"},
+          "noisy-2500-long": {"data", "steps"}, "noisy-20000-long": {"data", "steps"}},
     "L2": {},
 }
 SHARED = [*study.ENCODER, "data", "docs", "labels", "val", "batch", "steps", "seed", "precision",
