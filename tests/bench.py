@@ -12,16 +12,16 @@ A step is one of a script's own main(), at demo size, without its wait for data.
 that was allocated at a time. Everything but --gpu runs on the CPU. The loader is compared with
 webdataset only where that is installed; --peers needs open_clip_torch.
 
-Measured on two cores with AVX-512, torch 2.13.0 (that of webdataset on a slower machine):
+Measured on two cores with AVX-512, torch 2.13.0:
 
     align.py, a step                                    129 ms  its products    104 ms    1.25
     mug.py, a step                                      131 ms  its products     99 ms    1.32
     lcl.py, a step                                      235 ms  its products    200 ms    1.18
     timix.py, a step                                    181 ms  its products    152 ms    1.19
     m3i.py, a step                                      210 ms  its products    168 ms    1.25
-    loader, a picture of 400 px to 224, 1 worker(s)    1.52 ms  Pillow         1.36 ms    1.12
-    loader, a picture of 400 px to 224, 2 worker(s)   0.846 ms  Pillow        0.693 ms    1.22
-    loader, a picture of 400 px to 224                 2.32 ms  webdataset     2.43 ms    0.96
+    loader, a picture of 400 px to 224, 1 worker(s)    1.53 ms  Pillow         1.38 ms    1.10
+    loader, a picture of 400 px to 224, 2 worker(s)   0.827 ms  Pillow        0.703 ms    1.18
+    loader, a picture of 400 px to 224                 1.44 ms  webdataset     1.47 ms    0.98
     index of 10 x 10,000 members                        1.53 s  tarfile          1.5 s    1.02
     order of 10,000,000 samples, resumed               11.8 ms  start          11.5 ms    1.03
     loss of 4,096 pairs, --chunk 0                      941 ms  two matrices    904 ms    1.04
