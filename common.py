@@ -651,13 +651,13 @@ def training_fields(Config):
 
 def check_values(cfg):
     """Numbers are not negative, sizes at least 1, scales positive, shares at most 1."""
-    at_least = {"eval_every": -1, "scale": 1e-3, "temperature": 1e-6, "resize": 1}
+    bounds = {"eval_every": -1, "scale": 1e-3, "temperature": 1e-6, "resize": 1}
     for name in "batch steps image_size patch depth vocab_size save_every log_every".split():
-        at_least[name] = 1
+        bounds[name] = 1
     for name, value in dataclasses.asdict(cfg).items():
         if type(value) not in (int, float):  # a bool is an int, too
             continue
-        least = at_least.get(name, 0)
+        least = bounds.get(name, 0)
         if name.endswith(("dim", "heads", "embed")):
             least = 1
         if name.endswith("context"):  # in tokens: begin, a word, end
