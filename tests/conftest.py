@@ -26,6 +26,10 @@ from PIL import Image
 import common
 import data
 
+WITH_GPUS = dict(os.environ)  # the environment of a process that is to use them
+N_GPUS = torch.cuda.device_count()
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all others run on the CPU, where sums are reproducible
+
 SCRIPTS = ["align", "mug", "lcl", "timix", "m3i"]
 
 # models of a few thousand parameters, for runs of a few steps

@@ -1,5 +1,6 @@
 """Whole runs of the five scripts: any number of ranks is one run, a restart changes no bit."""
 import importlib
+import json
 import os
 import shutil
 import signal
@@ -14,7 +15,7 @@ import common
 import data
 from common import rank
 from conftest import (
-    ROOT, SCRIPTS, first_gradients, refused, run, signal_at_step, tiny_config)
+    N_GPUS, ROOT, SCRIPTS, WITH_GPUS, first_gradients, refused, run, signal_at_step, tiny_config)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -111,6 +112,28 @@ def test_first_gradients_are_those_of_one_rank(whole, run_on_ranks, world):
     cfg = replace(cfg, out=f"{cfg.out}-{world}")
     for grads in run_on_ranks(world, first_gradients, name, cfg):
         assert distance(grads, alone) < 1e-5
+
+
+# ---- GPU ----
+
+@pytest.mark.skipif(N_GPUS == 0, reason="no GPU")
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-3), ("bf16", 0.05)])
+def test_losses_of_compiled_steps_on_a_gpu_are_those_of_the_cpu(
+        name, precision, tolerance, toy_data, tmp_path):
+    # heads of 16 dimensions: FlexAttention takes no smaller ones
+    cfg = tiny_config(name, toy_data, tmp_path / "cpu", steps=3, dim=32, text_dim=32)
+    rows, _, _ = run(main_of(name), cfg)
+    cfg = replace(cfg, out=str(tmp_path / "gpu"), precision=precision)
+    code = f"import {name}; {name}.main({name}.{cfg!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=WITH_GPUS,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with open(tmp_path / "gpu/log.jsonl") as f:
+        on_gpu = [json.loads(line) for line in f]
+    assert " on CPU" not in done.stdout
+    for row, other in zip(rows, on_gpu, strict=True):
+        assert other["loss"] == pytest.approx(row["loss"], rel=tolerance)
 
 
 # ---- restart ----
