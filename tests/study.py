@@ -1,15 +1,15 @@
 """The papers' central claims as small controlled experiments on the toy data.
 
     python tests/study.py --list         # claims, arms, expected minutes
-    python tests/study.py --jobs 2       # everything, two runs side by side; started again, it
-                                         # goes on where it stopped
-    python tests/study.py T --seeds 1    # one claim, seed 0 alone
-    python tests/study.py --run T text 0 # one run alone, and again
-    python tests/study.py --report       # tables and a picture of what has been run
+    python tests/study.py                # all runs that have not been made, then the report
+    python tests/study.py T --seeds 1    # of one claim, with seed 0 alone
+    python tests/study.py --run T text 0 # one run, also where it has been made before
+    python tests/study.py --report       # tables of what has been run; of all claims study.png, too
 
 An arm is a script and the settings in which it differs from its demo. The script's own main()
-trains it with one thread, on a GPU if there is one, in float32 and not compiled; then the protocols
-and heads of eval.py evaluate it. A finished run is a line of tests/results/study.jsonl.
+trains it with one thread, on a GPU if there is one, in float32 and not compiled; then eval.py
+evaluates it on held-out toy data. A finished run is a line of tests/results/study.jsonl, so a study
+goes on where it stopped. Several claims or runs may be started side by side, a core each.
 
 The rule, written down before the runs: arms are compared seed by seed. A difference is shown if the
 95 % interval of its mean (Student's t) lies above 0, reversed if below, else not shown; a claim of
@@ -24,7 +24,6 @@ import os
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -38,13 +37,12 @@ import data
 import eval as evaluation
 
 PATH = "tests/results/study.jsonl"
-ENCODER = dict(image_size=48, patch=8, dim=128, depth=3, heads=4)  # of every arm
-WHEN_IT_RAN = {  # what demos had then and no longer have
+MODELS = {  # where they are not the demos'
     "align": dict(text_depth=2),
     "mug": dict(recon_weight=0.3),
     "timix": dict(text_depth=2, fusion_depth=2),
 }
-RATES = {  # tried by R and R2 on seed 0, before anything else
+RATES = {  # tried on seed 0, before anything else, by R and, for documents, by R2
     "align": (1.5e-3, 3e-3, 6e-3),
     "mug": (1e-3, 2e-3, 4e-3),
     "lcl": (5e-4, 1e-3, 2e-3, 4e-3),
@@ -52,11 +50,11 @@ RATES = {  # tried by R and R2 on seed 0, before anything else
     "m3i": (2e-3, 4e-3, 8e-3, 1.6e-2),
 }
 CHOSEN_RATES = {"align": 3e-3, "mug": 2e-3, "lcl": 2e-3, "timix": 1e-3, "m3i": 2e-3}
-DOCUMENT_RATE = 1e-3  # of LCL
-RATE_FOR_256_ROWS = ("mug", "m3i")  # --lr of the others is not scaled with the batch
 T_CRITICAL = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 1 to 9 degrees
-FEW = dict(scenes=250)
-TERMS = ["class", "text", "intra", "inter"]  # of M3I
+TASKS = {  # of eval.py that give a metric, where it has another name
+    "i2t_r1": "retrieval", "t2i_r1": "retrieval", "zeroshot_seen": "zeroshot",
+    "zeroshot_unseen": "zeroshot", "miou": "segment",
+}
 
 
 # ---- claims ----
@@ -77,111 +75,109 @@ class Claim:
     samples: int
     batch: int
     seeds: int
-    minutes: float  # of a run, roughly: one thread, beside another run
+    minutes: float  # of a run, roughly, with one thread
     sources: dict  # {field of Config: part of the toy data}
-    tasks: list  # of eval.py, on held-out toy data
-    metrics: list  # reported; the first one is judged
-    comparisons: list  # [(arm, its reference)]
+    metrics: list  # on held-out data; the first one is judged
     arms: dict
+    comparisons: tuple = ()  # (arm, its reference)
+    logged: tuple = ()  # metrics of training
     margin: float = None  # of a claim of equality
 
 
-def terms(*names, **options):
-    return Arm("m3i", {f"w_{name}": float(name in names) for name in TERMS}, **options)
-
-
-R_BATCH = 128
 ON_PAIRS = {  # what keeps a script to pairs of image and caption
-    "align": {}, "mug": {}, "lcl": {},
-    "timix": dict(boxes=False),  # boxes would be more than pairs
-    "m3i": dict(w_class=0.0),  # and so would classes
+    "align": {}, "mug": {}, "lcl": {}, "timix": dict(boxes=False), "m3i": dict(w_class=0.0),
 }
+FEW = dict(scenes=250)
+TERMS = ("class", "text", "intra", "inter")  # of M3I
+
+
+def terms(*names, **options):
+    """An arm of M3I. Its --lr is for 256 rows: with half of R's rows, twice R's is R's rate."""
+    weights = {f"w_{name}": float(name in names) for name in TERMS}
+    return Arm("m3i", dict(weights, lr=2 * CHOSEN_RATES["m3i"]), **options)
+
+
 CLAIMS = {  # in the order in which they run
     "R": Claim(
         "the learning rate of each method, chosen on held-out data",
-        samples=64_000, batch=R_BATCH, seeds=1, minutes=5, sources={"data": "pairs"},
-        tasks=["linear", "knn"], metrics=["linear", "knn"], comparisons=[],
+        samples=64_000, batch=128, seeds=1, minutes=5, sources={"data": "pairs"},
+        metrics=["linear", "knn"],
         arms={f"{script}-{rate:g}": Arm(script, dict(ON_PAIRS[script], lr=rate))
               for script, rates in RATES.items() for rate in rates}),
     "R2": Claim(
         "the learning rate of LCL on documents, chosen on held-out data",
         samples=25_600, batch=64, seeds=1, minutes=6, sources={"docs": "docs"},
-        tasks=["attentive", "linear"], metrics=["attentive", "linear"], comparisons=[],
+        metrics=["attentive", "linear"],
         arms={f"lcl-{rate:g}": Arm("lcl", dict(lr=rate)) for rate in RATES["lcl"]}),
     "T": Claim(
         "TiMix: mixing by text is data efficient (250 scenes)",
         samples=25_600, batch=64, seeds=5, minutes=5, sources={"data": "pairs"},
-        tasks=["retrieval"], metrics=["i2t_r1", "t2i_r1"],
-        comparisons=[("text", "none"), ("text", "random"), ("text", "none-equal-time")],
+        metrics=["i2t_r1", "t2i_r1"],
         arms={
             **{mix: Arm("timix", dict(mix=mix), FEW)
                for mix in ("none", "cutmix", "random", "text")},
-            # a step of text took 1.08 times as long as one of none (seed 0, on the H200)
+            # a step of text took 1.08 times as long as one of none (seed 0, on an H200)
             "none-equal-time": Arm("timix", dict(mix="none"), FEW, share=1.08),
             "none-20000": Arm("timix", dict(mix="none")),
             "text-20000": Arm("timix", dict(mix="text")),
-        }),
+        },
+        comparisons=(("text", "none"), ("text", "random"), ("text", "none-equal-time"))),
     "L1": Claim(
         "LCL: both losses together, on documents",
         samples=25_600, batch=64, seeds=5, minutes=7, sources={"docs": "docs"},
-        tasks=["attentive", "linear"], metrics=["attentive", "linear", "spread", "cosine"],
-        comparisons=[("lcl", "con"), ("lcl", "gen")],
-        arms={name: Arm("lcl", dict(objective=name, lr=DOCUMENT_RATE))
-              for name in ("lcl", "con", "gen", "gen+reg")}),
+        metrics=["attentive", "linear"], logged=("spread", "cosine"),
+        arms={name: Arm("lcl", dict(objective=name, lr=1e-3))
+              for name in ("lcl", "con", "gen", "gen+reg")},
+        comparisons=(("lcl", "con"), ("lcl", "gen"))),
     "G": Claim(
-        # finetune: a tenth as many images as pairs; lines of commit 75e122b have it for 12 epochs,
-        # with smaller crops, and their own name for it; linear: when it ran, C was chosen on every
-        # fifth training row, now on a random fifth
         "MUG: pixels and captions together",
         samples=64_000, batch=128, seeds=4, minutes=11, sources={"data": "pairs"},
-        tasks=["linear", "knn", "finetune", "segment"],
-        metrics=["linear", "knn", "finetune", "miou"],
-        comparisons=[("MUG", "contrast"), ("MUG", "pixels"), ("MUG", "captions"),
-                     ("contrast", "pixels")],
+        metrics=["linear", "knn", "finetune", "miou"],  # trained heads: on 2,000 labels
         arms={
             "contrast": Arm("align"),
             "pixels": Arm("mug", dict(cap_weight=0.0)),
             "captions": Arm("mug", dict(recon_weight=0.0)),
             "MUG": Arm("mug"),
+            "MUG-0.1": Arm("mug", dict(recon_weight=0.1)),  # after the verdict, as in the demo
             "LCL": Arm("lcl", ON_PAIRS["lcl"]),
             "TiMix": Arm("timix", ON_PAIRS["timix"]),
             "M3I": Arm("m3i", ON_PAIRS["m3i"]),
             "random-weights": Arm("align", dict(lr=0.0), share=0.0),  # one step at rate 0
-        }),
+        },
+        comparisons=(("MUG", "contrast"), ("MUG", "pixels"), ("MUG", "captions"),
+                     ("contrast", "pixels"))),
     "M": Claim(
         "M3I: all targets in one stage",
         samples=32_000, batch=64, seeds=4, minutes=5,
-        sources={"data": "pairs", "labels": "labels"},
-        tasks=["linear", "knn"], metrics=["linear", "knn"],
-        comparisons=[("all", name) for name in (*TERMS, "two-stages")],
+        sources={"data": "pairs", "labels": "labels"}, metrics=["linear", "knn"],
         arms={
             **{name: terms(name) for name in TERMS},
             "all": terms(*TERMS),
             "two-stages": terms("class", "text", share=0.5,
                                 first=terms("intra", "inter", share=0.5)),
-        }),
+        },
+        comparisons=[("all", name) for name in (*TERMS, "two-stages")]),
     "A": Claim(
         "ALIGN: scale makes up for noise, 40 % of the captions being wrong",
         samples=64_000, batch=128, seeds=4, minutes=4, sources={"data": "pairs"},
-        tasks=["zeroshot", "retrieval"], metrics=["zeroshot_seen", "zeroshot_unseen", "i2t_r1"],
-        comparisons=[("noisy-20000", "clean-2500")],
+        metrics=["zeroshot_seen", "zeroshot_unseen", "i2t_r1"],
         arms={
             "clean-2500": Arm("align", toy=dict(scenes=2500)),
             **{f"noisy-{n}": Arm("align", toy=dict(scenes=n, noise=0.4))
                for n in (2500, 5000, 10_000, 20_000)},
-            # after the verdict, to find its reason: 500 steps are few for captions of which many
-            # are wrong
+            # after the verdict: 500 steps are few for captions of which many are wrong
             "clean-2500-long": Arm("align", toy=dict(scenes=2500), share=4.0),
             **{f"noisy-{n}-long": Arm("align", toy=dict(scenes=n, noise=0.4), share=4.0)
                for n in (2500, 20_000)},
-        }),
+        },
+        comparisons=(("noisy-20000", "clean-2500"),)),
     "L2": Claim(
         "LCL: as good as contrast on pairs, within 3 points",
         samples=64_000, batch=128, seeds=5, minutes=5, sources={"data": "pairs"},
-        tasks=["linear", "knn"], metrics=["linear", "knn"],
-        comparisons=[("lcl", "contrast")], margin=0.03,
+        metrics=["linear", "knn"], margin=0.03,
         arms={"lcl": Arm("lcl", dict(image_first=0.5)),  # random order
-              "contrast": Arm("align", same_as="G")}),
+              "contrast": Arm("align", same_as="G")},
+        comparisons=(("lcl", "contrast"),)),
 }
 
 
@@ -195,10 +191,7 @@ def config(claim, arm, seed, out, init=None):
     """The Config of an arm; makes its toy data."""
     script = importlib.import_module(arm.script)
     training = data.make_toy_data("runs", parts=tuple(claim.sources.values()), **arm.toy)
-    rate = CHOSEN_RATES[arm.script]
-    if arm.script in RATE_FOR_256_ROWS:
-        rate *= R_BATCH / claim.batch  # the rate of a step as in R
-    settings = {**script.DEMO, **WHEN_IT_RAN.get(arm.script, {}), **ENCODER, "lr": rate,
+    settings = {**script.DEMO, **MODELS.get(arm.script, {}), "lr": CHOSEN_RATES[arm.script],
                 **arm.settings}
     for source, part in claim.sources.items():
         settings[source] = [f"{training}/{part}"]
@@ -217,45 +210,6 @@ def train(arm, cfg):
     return checkpoint
 
 
-def run(key, name, seed):
-    """Train and evaluate an arm, and write its line."""
-    claim = CLAIMS[key]
-    arm = claim.arms[name]
-    out = folder_of(key, name, seed)
-    device = common.init_distributed()
-    init = None
-    if arm.first is not None:
-        checkpoint = train(arm.first, config(claim, arm.first, seed, f"{out}/first"))
-        vision = evaluation.load_model(checkpoint, device)[0].vision
-        init = f"{out}/init.safetensors"
-        evaluation.export(vision, init)
-    cfg = config(claim, arm, seed, out, init)
-    checkpoint = train(arm, cfg)
-    with open(f"{out}/log.jsonl") as f:
-        log = [json.loads(row) for row in f]
-    # LCL logs how far its images have become one
-    metrics = {metric: log[-1][metric] for metric in claim.metrics if metric in log[-1]}
-    for task in claim.tasks:
-        metrics.update(evaluate(task, checkpoint, seed, device))
-    # time of the steps alone, also of a run that was interrupted: a row of the log is ten steps
-    seconds = cfg.steps * cfg.batch * statistics.mean(1 / row["images_per_s"] for row in log)
-    commit = ""
-    with contextlib.suppress(OSError):  # no git
-        git = ["git", "rev-parse", "--short", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    name_of_device = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    line = {"claim": key, "arm": name, "seed": seed, "steps": cfg.steps, "seconds": seconds,
-            "command": f"python tests/study.py --run {key} {name} {seed}",
-            "device": name_of_device, "metrics": metrics, "commit": commit}
-    os.makedirs(os.path.dirname(PATH), exist_ok=True)
-    with open(PATH, "a") as f:
-        f.write(json.dumps(line) + "\n")
-
-
-def folder_of(key, name, seed):
-    return f"runs/study/{key}/{name}-{seed}"
-
-
 def evaluate(task, checkpoint, seed, device):
     """{metric: value} as on eval.py's command line without --data."""
     model, tokenizer, cfg = evaluation.load_model(checkpoint, device)
@@ -269,36 +223,48 @@ def evaluate(task, checkpoint, seed, device):
     return {metric: value for metric, value, _ in rows}
 
 
-def run_apart(which, jobs):
-    """One run in a process of its own -> what went wrong, or None."""
-    output = folder_of(*which) + ".txt"
-    os.makedirs(os.path.dirname(output), exist_ok=True)
-    command = [sys.executable, __file__, "--run", *map(str, which)]
-    environment = {**os.environ, "LOCAL_WORLD_SIZE": str(jobs)}  # share the cores as ranks do
-    with open(output, "w") as f:
-        code = subprocess.run(command, stdout=f, stderr=f, env=environment).returncode
-    return f"{' '.join(map(str, which))}: see {output}" if code else None
+def run(key, name, seed):
+    """Train and evaluate an arm, and write its line."""
+    claim = CLAIMS[key]
+    arm = claim.arms[name]
+    out = f"runs/study/{key}/{name}-{seed}"
+    device = common.init_distributed()
+    init = None
+    if arm.first is not None:
+        checkpoint = train(arm.first, config(claim, arm.first, seed, f"{out}/first"))
+        init = f"{out}/init.safetensors"
+        evaluation.export(evaluation.load_model(checkpoint, device)[0].vision, init)
+    cfg = config(claim, arm, seed, out, init)
+    checkpoint = train(arm, cfg)
+    with open(f"{out}/log.jsonl") as f:
+        log = [json.loads(row) for row in f]
+    metrics = {metric: log[-1][metric] for metric in claim.logged if metric in log[-1]}
+    for task in {TASKS.get(metric, metric): None for metric in claim.metrics}:
+        metrics.update(evaluate(task, checkpoint, seed, device))
+    # time of the steps alone, also of a run that was interrupted
+    seconds = cfg.steps * cfg.batch * statistics.mean(1 / row["images_per_s"] for row in log)
+    commit = ""
+    with contextlib.suppress(OSError):  # no git
+        git = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    line = {
+        "claim": key, "arm": name, "seed": seed, "steps": cfg.steps, "seconds": seconds,
+        "command": f"python tests/study.py --run {key} {name} {seed}",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "metrics": metrics, "commit": commit,
+    }
+    with open(PATH, "a") as f:
+        f.write(json.dumps(line) + "\n")
 
 
-def run_all(keys, n_seeds, jobs):
-    """The runs that have no line yet."""
-    results = read_results()
-    missing = []
-    for key in keys:
-        for seed in range(n_seeds or CLAIMS[key].seeds):
-            for name, arm in CLAIMS[key].arms.items():
-                which = (arm.same_as or key, name, seed)
-                if which not in results and which not in missing:
-                    missing.append(which)
-    with ThreadPoolExecutor(jobs) as pool:
-        try:
-            runs = pool.map(run_apart, missing, [jobs] * len(missing))
-            problems = list(evaluation.progress(runs, "runs", len(missing)))
-        finally:  # after Ctrl-C no other run starts
-            pool.shutdown(cancel_futures=True)
-    problems = [problem for problem in problems if problem is not None]
-    if problems:
-        raise common.UserError(f"{len(problems)} runs have failed: {'; '.join(problems)}")
+def run_missing(key, seeds):
+    """The runs of a claim that have no line yet."""
+    for seed in seeds:
+        for name, arm in CLAIMS[key].arms.items():
+            where = arm.same_as or key
+            if (where, name, seed) not in read_results():
+                print(f"\n{where}, {name}, seed {seed}", flush=True)
+                run(where, name, seed)
 
 
 # ---- report ----
@@ -323,17 +289,11 @@ def values_of(results, key, name, metric, seeds):
             if metric in line["metrics"]}
 
 
-def verdict(low, high, margin=None):
-    """Of the interval of a difference, by the rule at the top."""
-    if margin is not None:
-        return "equal" if -margin < low and high < margin else "not shown"
-    if low > 0:
-        return "shown"
-    return "reversed" if high < 0 else "not shown"
-
-
 def judge(results, key, arm, reference, seeds):
-    """-> comparison, mean difference, ends of its interval, verdict; None before two seeds."""
+    """By the rule at the top -> comparison, mean difference, ends of its interval, verdict.
+
+    None before two seeds.
+    """
     claim = CLAIMS[key]
     values = values_of(results, key, arm, claim.metrics[0], seeds)
     others = values_of(results, key, reference, claim.metrics[0], seeds)
@@ -345,33 +305,42 @@ def judge(results, key, arm, reference, seeds):
     half = T_CRITICAL[n - 2] * statistics.stdev(differences) / n**0.5
     low = mean - half
     high = mean + half
-    outcome = verdict(low, high, claim.margin) if n == len(seeds) >= claim.seeds else "open"
+    outcome = "not shown"
+    if n < claim.seeds or n < len(seeds):
+        outcome = "open"
+    elif claim.margin is not None:
+        if -claim.margin < low and high < claim.margin:
+            outcome = "equal"
+    elif low > 0:
+        outcome = "shown"
+    elif high < 0:
+        outcome = "reversed"
     return f"{key}: {arm} minus {reference}", mean, low, high, outcome
 
 
 def report(results, key, seeds):
     """Print the tables of a claim -> what judge gives."""
     claim = CLAIMS[key]
-    print(f"\n{key}. {claim.text}\n\n| arm, in % | {' | '.join(claim.metrics)} |")
-    print("|---" * (1 + len(claim.metrics)) + "|")
+    metrics = [*claim.metrics, *claim.logged]
+    print(f"\n{key}. {claim.text}\n\n| arm, in % | {' | '.join(metrics)} |")
+    print("|---" * (1 + len(metrics)) + "|")
     for name in claim.arms:
         cells = [name]
-        for metric in claim.metrics:
+        for metric in metrics:
             values = values_of(results, key, name, metric, seeds)
             cell = f"{100 * statistics.mean(values.values()):.1f}" if values else "-"
             if len(values) > 1:
                 cell += f" ± {100 * statistics.stdev(values.values()):.1f}"
             cells.append(cell)
-        judged = values_of(results, key, name, claim.metrics[0], seeds)
+        judged = values_of(results, key, name, metrics[0], seeds)
         missing = [str(seed) for seed in seeds if seed not in judged]
         if missing:
             cells[0] += f" (missing: seed {', '.join(missing)})"
         print(f"| {' | '.join(cells)} |")
     rows = [judge(results, key, *comparison, seeds) for comparison in claim.comparisons]
     rows = [row for row in rows if row is not None]
-    if not rows:
-        return []
-    print(f"\n| {claim.metrics[0]} | points | 95 % interval | verdict |\n|---|---|---|---|")
+    if rows:
+        print(f"\n| {metrics[0]} | points | 95 % interval | verdict |\n|---|---|---|---|")
     for what, mean, low, high, outcome in rows:
         print(f"| {what} | {100 * mean:+.1f} | {100 * low:+.1f} to {100 * high:+.1f} | {outcome} |")
     return rows
@@ -398,16 +367,14 @@ def draw(rows, path):
     page.save(path)
 
 
-def show(key, n_seeds):
+def show(key, seeds):
     """Print the arms of a claim and what they are expected to take."""
     claim = CLAIMS[key]
-    print(f"\n{key}. {claim.text}: {n_seeds} seeds, {claim.samples:,} samples, "
-          f"about {claim.minutes * n_seeds * len(claim.arms)} minutes")
+    print(f"\n{key}. {claim.text}: {len(seeds)} seeds, {claim.samples:,} samples, "
+          f"about {claim.minutes * len(seeds) * len(claim.arms)} minutes")
     for name, arm in claim.arms.items():
-        steps = n_steps(claim, arm)
-        if arm.first is not None:
-            steps += n_steps(claim, arm.first)
-        print(f"    {name:<16}{arm.script:<6}{steps:>4} steps  {arm.settings} {arm.toy}")
+        print(f"    {name:<16}{arm.script:<6}{n_steps(claim, arm):>5} steps  "
+              f"{arm.settings} {arm.toy}")
     for arm, reference in claim.comparisons:
         print(f"    judged: {claim.metrics[0]}, {arm} minus {reference}")
 
@@ -417,34 +384,30 @@ def main(argv=None):
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("claims", nargs="*", metavar="CLAIM", help=f"{' '.join(CLAIMS)} [all]")
     parser.add_argument("--seeds", type=int, choices=range(1, 11), help="[as many as a claim says]")
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side [1]")
     parser.add_argument("--run", nargs=3, metavar=("CLAIM", "ARM", "SEED"), help="one run, again")
     parser.add_argument("--list", action="store_true", help="claims, arms, expected minutes")
-    parser.add_argument("--report", action="store_true", help="tables; of all claims study.png")
+    parser.add_argument("--report", action="store_true", help="tables of what has been run")
     args = parser.parse_args(argv)
-    if args.list:
-        print(__doc__.split("\n\n")[-1])  # the rule
     if args.run:
         key, name, seed = args.run
         if key not in CLAIMS or name not in CLAIMS[key].arms or not seed.isdigit():
             raise common.UserError(f"--run {key} {name} {seed}: --list names claims and arms")
         run(key, name, int(seed))
         return
-    keys = args.claims or CLAIMS
-    for key in keys:
+    for key in args.claims:
         if key not in CLAIMS:
             raise common.UserError(f"{key} is no claim: choose from {' '.join(CLAIMS)}")
-    if not args.list and not args.report:
-        run_all(keys, args.seeds, args.jobs)
-        return
-    results = read_results()
+    if args.list:
+        print(__doc__.split("\n\n")[-1])  # the rule
     rows = []
-    for key in keys:
+    for key in args.claims or CLAIMS:
         seeds = range(args.seeds or CLAIMS[key].seeds)
         if args.list:
-            show(key, len(seeds))
-        else:
-            rows += report(results, key, seeds)
+            show(key, seeds)
+            continue
+        if not args.report:
+            run_missing(key, seeds)
+        rows += report(read_results(), key, seeds)
     if rows and not args.claims:
         draw(rows, PATH.replace(".jsonl", ".png"))
 

@@ -24,7 +24,7 @@ DIFFERENCES = {
           "none-20000": {"data"}, "text-20000": {"data", "mix"}},
     "L1": {"con": {"objective"}, "gen": {"objective"}, "gen+reg": {"objective"}},
     "G": {"captions": {"cap_weight", "recon_weight"}, "MUG": {"cap_weight"},
-          "random-weights": {"lr", "steps"}},
+          "MUG-0.1": {"cap_weight", "recon_weight"}, "random-weights": {"lr", "steps"}},
     "M": {"text": {"w_class", "w_text"}, "intra": {"w_class", "w_intra"},
           "inter": {"w_class", "w_inter"}, "all": {"w_text", "w_intra", "w_inter"},
           "two-stages": {"w_text", "steps", "init"}},
@@ -33,8 +33,8 @@ DIFFERENCES = {
           "noisy-2500-long": {"data", "steps"}, "noisy-20000-long": {"data", "steps"}},
     "L2": {},
 }
-SHARED = [*study.ENCODER, "data", "docs", "labels", "val", "batch", "steps", "seed", "precision",
-          "compile", "eval_every"]
+SHARED = ["image_size", "patch", "dim", "depth", "heads", "data", "docs", "labels", "val", "batch", "steps", "seed",
+          "precision", "compile", "eval_every"]
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_arms_differ_in_what_the_claim_says_and_in_nothing_else(key, results):
         of_any_script = next(iter(first.values()))
         assert different(cfg, of_any_script, SHARED) <= expected, name
         assert cfg is reference or cfg.out != reference.out
-        of_study = {*arm.settings, *study.WHEN_IT_RAN.get(arm.script, {}), *SHARED,
+        of_study = {*arm.settings, *study.MODELS.get(arm.script, {}), *SHARED,
                     "out", "lr", "workers", "init"}
         assert not different(cfg, demo, fields - of_study), name
 
@@ -138,7 +138,7 @@ def test_a_report_names_missing_seeds_and_leaves_the_verdict_open(results, capsy
 def small_claim(claim, toy_data, monkeypatch, tmp_path):
     """Put a claim of ALIGN in the place of A, on tiny data and models."""
     monkeypatch.setitem(study.CLAIMS, "A", claim)
-    monkeypatch.setattr(study, "ENCODER", {})
+    monkeypatch.setattr(study, "MODELS", {})
     monkeypatch.setattr(align, "DEMO", {**TINY, **TINY_OF["align"], "eval_every": 0})
     monkeypatch.setattr(data, "make_toy_data", lambda *args, **options: toy_data)
     monkeypatch.chdir(tmp_path)
@@ -172,23 +172,16 @@ def test_a_second_stage_starts_from_the_encoder_of_the_first(toy_data, results, 
         assert same == name.startswith("vision."), name
 
 
-def test_only_what_has_no_line_is_run_and_what_fails_is_named(results, monkeypatch):
+def test_only_what_has_no_line_is_run(results, monkeypatch):
     results({"class": [0.1], "text": [0.2]}, "M")
     started = []
-
-    def run_apart(which, jobs):
-        started.append(which)
-        return "M inter 0: see there" if which[1] == "inter" else None
-
-    monkeypatch.setattr(study, "run_apart", run_apart)
-    with pytest.raises(common.UserError, match="1 runs have failed: M inter 0: see there"):
-        study.main(["M", "--seeds", "1"])
+    monkeypatch.setattr(study, "run", lambda *which: started.append(which))
+    study.main(["M", "--seeds", "1"])
     assert started == [("M", name, 0) for name in ("intra", "inter", "all", "two-stages")]
 
 
-def test_a_run_apart_is_the_same_command_and_its_output_is_kept(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    problem = study.run_apart(("T", "no-such-arm", 0), 2)
-    assert problem == "T no-such-arm 0: see runs/study/T/no-such-arm-0.txt"
-    with open(problem.split()[-1]) as f:
-        assert "--run T no-such-arm 0: --list names claims and arms" in f.read()
+@pytest.mark.parametrize("words", [["X"], ["--run", "T", "no-such-arm", "0"],
+                                   ["--run", "T", "text", "first"]])
+def test_what_is_no_claim_no_arm_or_no_seed_is_one_line(words, results):
+    with pytest.raises(common.UserError, match=f"{words[-1]}.*(choose from|--list names)"):
+        study.main(words)
