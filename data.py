@@ -8,9 +8,23 @@
     python data.py filter 'cc3m/*.tar' --against 'coco/test-*.tar' --out runs/filtered
 
 A shard is a plain tar in which the files of a sample are neighbors and share a key, the part of
-their name before the first dot: 0001.jpg 0001.txt 0001.json. Read in this order: Index (where each
-sample lies), Sample (what is in it), ShuffledOrder (which sample at which step), TrainingSet (a
-row, or the next sample's where one cannot be used), BatchDataset and loader (batches).
+their name before the first dot:
+
+    KEY.jpg      the image; or .jpeg, .png, .webp
+    KEY.txt      its caption; in held-out shards each line is one
+    KEY.cls      the number of its class; classes.txt beside the shards has a name a line, from 0
+    KEY.seg.png  a mask of class numbers of the image's size, 0 is unlabeled
+    KEY.json     any of
+        {"caption": ["a red dog", "a dog"],
+         "boxes": [{"x": 16, "y": 17, "w": 33, "h": 31, "text": "a red dog"}],
+         "qa": [{"question": "is it red?", "answer": "yes"}],
+         "text_list": ["This is a dog.", "Good night."],
+         "image_info": [{"image_name": "KEY.0.jpg", "matched_text_index": 0, "matched_sim": 0.3}]}
+      of which the last two are a document, whose images are KEY.0.jpg, KEY.1.jpg, ...
+
+Read in this order: Index (where each sample lies), Sample (what is in it), ShuffledOrder (which
+sample at which step), TrainingSet (a row, or the next sample's where one cannot be used),
+BatchDataset and loader (batches).
 
 Departure from stream readers such as webdataset: samples are read by random access, so that the
 order of the samples, and going on in the middle of it, depend on neither ranks nor workers.

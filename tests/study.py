@@ -318,6 +318,20 @@ def judge(results, key, arm, reference, seeds):
     return f"{key}: {arm} minus {reference}", mean, low, high, outcome
 
 
+def table_row(results, key, name, metrics, seeds):
+    """Name of an arm, then mean and standard deviation of each metric over seeds, in percent."""
+    judged = values_of(results, key, name, metrics[0], seeds)
+    missing = [str(seed) for seed in seeds if seed not in judged]
+    cells = [f"{name} (missing: seed {', '.join(missing)})" if missing else name]
+    for metric in metrics:
+        values = values_of(results, key, name, metric, seeds).values()
+        cell = f"{100 * statistics.mean(values):.1f}" if values else "-"
+        if len(values) > 1:
+            cell += f" ± {100 * statistics.stdev(values):.1f}"
+        cells.append(cell)
+    return f"| {' | '.join(cells)} |"
+
+
 def report(results, key, seeds):
     """Print the tables of a claim -> what judge gives."""
     claim = CLAIMS[key]
@@ -325,18 +339,7 @@ def report(results, key, seeds):
     print(f"\n{key}. {claim.text}\n\n| arm, in % | {' | '.join(metrics)} |")
     print("|---" * (1 + len(metrics)) + "|")
     for name in claim.arms:
-        cells = [name]
-        for metric in metrics:
-            values = values_of(results, key, name, metric, seeds)
-            cell = f"{100 * statistics.mean(values.values()):.1f}" if values else "-"
-            if len(values) > 1:
-                cell += f" ± {100 * statistics.stdev(values.values()):.1f}"
-            cells.append(cell)
-        judged = values_of(results, key, name, metrics[0], seeds)
-        missing = [str(seed) for seed in seeds if seed not in judged]
-        if missing:
-            cells[0] += f" (missing: seed {', '.join(missing)})"
-        print(f"| {' | '.join(cells)} |")
+        print(table_row(results, key, name, metrics, seeds))
     rows = [judge(results, key, *comparison, seeds) for comparison in claim.comparisons]
     rows = [row for row in rows if row is not None]
     if rows:

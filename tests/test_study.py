@@ -33,8 +33,8 @@ DIFFERENCES = {
           "noisy-2500-long": {"data", "steps"}, "noisy-20000-long": {"data", "steps"}},
     "L2": {},
 }
-SHARED = ["image_size", "patch", "dim", "depth", "heads", "data", "docs", "labels", "val", "batch", "steps", "seed",
-          "precision", "compile", "eval_every"]
+SHARED = ["image_size", "patch", "dim", "depth", "heads", "data", "docs", "labels", "val", "batch",
+          "steps", "seed", "precision", "compile", "eval_every"]
 
 
 @pytest.fixture
