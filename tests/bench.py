@@ -3,11 +3,12 @@
     python tests/bench.py                # all but the next two: twelve minutes on two cores
     python tests/bench.py --peers        # a step of ALIGN beside one of open_clip's CLIP
     python tests/bench.py --gpu          # steps at the papers' sizes, compiled beside eager
-    python tests/bench.py --gpu align    # of some scripts
+    python tests/bench.py --gpu align    # of some scripts alone
     python tests/bench.py loader loss    # some of it
     python tests/bench.py --tiny         # only to see that it runs
 
-Each line: what, ours, the other, ours / other: less is better. Times are medians of calls in turn.
+Each line: what, ours, the other, ours / other: less is better. Times are medians, mostly of calls
+in turn; the products of a step are a mean over another run.
 A step is one of a script's own main(), at demo size, without its wait for data. Memory is the most
 that was allocated at a time. Everything but --gpu runs on the CPU. The loader is compared with
 webdataset only where that is installed; --peers needs open_clip_torch.
@@ -93,7 +94,7 @@ class Row(typing.NamedTuple):
     what: str
     ours: float
     unit: str
-    name: str = ""  # of the other; where there is none, why
+    name: str = ""  # of the other, or a remark
     other: float = None
 
 
@@ -151,13 +152,13 @@ def config(name, folder, recipe=None, **changes):
 
 
 def train(cfg):
-    """Run a script's main() -> seconds of each step, of which the first two make the state."""
+    """Run a script's main() -> seconds of each step, of which the first two are warm-up."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         SCRIPTS[cfg.method.lower()].main(cfg)
     with open(f"{cfg.out}/log.jsonl") as f:
         rows = [json.loads(line) for line in f]
     if len(rows) < cfg.steps:
-        raise KeyboardInterrupt  # main() has taken it for a wish to stop
+        raise KeyboardInterrupt  # main() has saved and returned early
     return [cfg.batch / row["images_per_s"] * (1 - row["data_wait"]) for row in rows]
 
 
@@ -400,7 +401,7 @@ def measure_metrics(folder, n_images=5000, n_texts=25_010, n_search=10**6):
 def compare_compiled(what, cfg):
     """Steps compiled by torch.compile beside eager ones, and what its frontend counts."""
     eager = median_step(replace(cfg, compile=False))
-    yield Row(f"{what}, eager", eager, "s")  # now: to compile may take minutes
+    yield Row(f"{what}, eager", eager, "s")  # printed before the slow part
     torch.compiler.reset()
     counters.clear()
     clear_compilation_metrics()
@@ -502,12 +503,12 @@ def main():
     parser = common.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("subjects", nargs="*", metavar="SUBJECT",
-                        help=f"{' '.join(SUBJECTS)}; with --gpu {' '.join(SCRIPTS)}, too")
+                        help=f"{' '.join(SUBJECTS)}; with --gpu {' '.join(SCRIPTS)}")
     parser.add_argument("--peers", action="store_true", help="beside open_clip")
     parser.add_argument("--gpu", action="store_true", help="at the papers' sizes on a GPU")
     parser.add_argument("--tiny", action="store_true", help="at sizes that take no time")
     args = parser.parse_args()
-    known = [*SUBJECTS, *SCRIPTS] if args.gpu else list(SUBJECTS)
+    known = list(SCRIPTS if args.gpu else SUBJECTS)
     for name in args.subjects:
         if name not in known:
             parser.error(f"{name} is no subject, choose from {' '.join(known)}")
@@ -517,12 +518,12 @@ def main():
         raise common.UserError("--gpu finds no GPU that torch can use: leave it out")
     if not args.gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    functions = {name: SUBJECTS[name] for name in args.subjects if name in SUBJECTS}
+    if args.gpu:
+        functions = {"gpu": partial(measure_gpu, scripts=args.subjects or SCRIPTS)}
+    else:
+        functions = {name: SUBJECTS[name] for name in args.subjects}
     if args.peers:
         functions["peers"] = measure_peers
-    if args.gpu:
-        scripts = [name for name in args.subjects if name in SCRIPTS]
-        functions["gpu"] = partial(measure_gpu, scripts=scripts or SCRIPTS)
 
     print(f"torch {torch.__version__}, {common.cpu_count()} cores", flush=True)
     with tempfile.TemporaryDirectory(prefix="bench-") as root:

@@ -3,18 +3,19 @@
     python tests/study.py --list         # claims, arms, expected minutes
     python tests/study.py                # all runs that have not been made, then the report
     python tests/study.py T --seeds 1    # of one claim, with seed 0 alone
-    python tests/study.py --run T text 0 # one run, also where it has been made before
-    python tests/study.py --report       # tables of what has been run; of all claims study.png, too
+    python tests/study.py --run T text 0 # one run; if it is finished, it is evaluated again
+    python tests/study.py --report       # tables of what has been run, and study.png
 
-An arm is a script and the settings in which it differs from its demo. The script's own main()
-trains it with one thread, on a GPU if there is one, in float32 and not compiled; then eval.py
-evaluates it on held-out toy data. A finished run is a line of tests/results/study.jsonl, so a study
-goes on where it stopped. Several claims or runs may be started side by side, a core each.
+An arm is a script and settings, on top of its demo and of MODELS. The script's own main() trains it
+with one thread, on a GPU if there is one, in float32 and not compiled; then eval.py evaluates it on
+held-out toy data. A finished run is a line of tests/results/study.jsonl, so a study goes on where
+it stopped. Different claims or runs may be started side by side, a core each.
 
 The rule, written down before the runs: arms are compared seed by seed. A difference is shown if the
 95 % interval of its mean (Student's t) lies above 0, reversed if below, else not shown; a claim of
-equality is equal if it lies inside the margin. Better than the best of several is better than each.
-While seeds are missing, a comparison is open. Seeds draw weights and order; the data are the same.
+equality is equal if the interval lies inside the margin. An arm that shall beat the best of several
+is compared with each. While seeds are missing, a comparison is open. Seeds draw weights and order;
+the data are the same.
 """
 import argparse
 import contextlib
@@ -37,12 +38,13 @@ import data
 import eval as evaluation
 
 PATH = "tests/results/study.jsonl"
-MODELS = {  # where they are not the demos'
+MODELS = {  # settings that replace those of the demos
     "align": dict(text_depth=2),
     "mug": dict(recon_weight=0.3),
     "timix": dict(text_depth=2, fusion_depth=2),
 }
-RATES = {  # tried on seed 0, before anything else, by R and, for documents, by R2
+RATES = {  # tried on seed 0, before anything else, by R and, for documents, by R2; of M3I's, the
+    # lowest was the best
     "align": (1.5e-3, 3e-3, 6e-3),
     "mug": (1e-3, 2e-3, 4e-3),
     "lcl": (5e-4, 1e-3, 2e-3, 4e-3),
@@ -51,7 +53,7 @@ RATES = {  # tried on seed 0, before anything else, by R and, for documents, by 
 }
 CHOSEN_RATES = {"align": 3e-3, "mug": 2e-3, "lcl": 2e-3, "timix": 1e-3, "m3i": 2e-3}
 T_CRITICAL = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 1 to 9 degrees
-TASKS = {  # of eval.py that give a metric, where it has another name
+TASKS = {  # {metric: task of eval.py}, where they have different names
     "i2t_r1": "retrieval", "t2i_r1": "retrieval", "zeroshot_seen": "zeroshot",
     "zeroshot_unseen": "zeroshot", "miou": "segment",
 }
@@ -66,7 +68,7 @@ class Arm:
     toy: dict = field(default_factory=dict)  # options of data.make_toy_data, for training
     share: float = 1.0  # of the claim's steps
     first: "Arm" = None  # trained before, to start from its encoder
-    same_as: str = None  # the claim whose runs of this name are the same
+    runs_of: str = None  # the claim whose runs of this name serve here, too
 
 
 @dataclass
@@ -92,7 +94,7 @@ TERMS = ("class", "text", "intra", "inter")  # of M3I
 
 
 def terms(*names, **options):
-    """An arm of M3I. Its --lr is for 256 rows: with half of R's rows, twice R's is R's rate."""
+    """An arm of M3I. Its --lr is for 256 rows: twice R's gives half of R's rows the same rate."""
     weights = {f"w_{name}": float(name in names) for name in TERMS}
     return Arm("m3i", dict(weights, lr=2 * CHOSEN_RATES["m3i"]), **options)
 
@@ -126,7 +128,7 @@ CLAIMS = {  # in the order in which they run
         "LCL: both losses together, on documents",
         samples=25_600, batch=64, seeds=5, minutes=7, sources={"docs": "docs"},
         metrics=["attentive", "linear"], logged=("spread", "cosine"),
-        arms={name: Arm("lcl", dict(objective=name, lr=1e-3))
+        arms={name: Arm("lcl", dict(objective=name, lr=1e-3))  # chosen by R2
               for name in ("lcl", "con", "gen", "gen+reg")},
         comparisons=(("lcl", "con"), ("lcl", "gen"))),
     "G": Claim(
@@ -138,7 +140,7 @@ CLAIMS = {  # in the order in which they run
             "pixels": Arm("mug", dict(cap_weight=0.0)),
             "captions": Arm("mug", dict(recon_weight=0.0)),
             "MUG": Arm("mug"),
-            "MUG-0.1": Arm("mug", dict(recon_weight=0.1)),  # after the verdict, as in the demo
+            "MUG-0.1": Arm("mug", dict(recon_weight=0.1)),  # the demo's; added after the verdict
             "LCL": Arm("lcl", ON_PAIRS["lcl"]),
             "TiMix": Arm("timix", ON_PAIRS["timix"]),
             "M3I": Arm("m3i", ON_PAIRS["m3i"]),
@@ -165,7 +167,7 @@ CLAIMS = {  # in the order in which they run
             "clean-2500": Arm("align", toy=dict(scenes=2500)),
             **{f"noisy-{n}": Arm("align", toy=dict(scenes=n, noise=0.4))
                for n in (2500, 5000, 10_000, 20_000)},
-            # after the verdict: 500 steps are few for captions of which many are wrong
+            # added after the verdict: 500 steps are few for captions of which many are wrong
             "clean-2500-long": Arm("align", toy=dict(scenes=2500), share=4.0),
             **{f"noisy-{n}-long": Arm("align", toy=dict(scenes=n, noise=0.4), share=4.0)
                for n in (2500, 20_000)},
@@ -176,7 +178,7 @@ CLAIMS = {  # in the order in which they run
         samples=64_000, batch=128, seeds=5, minutes=5, sources={"data": "pairs"},
         metrics=["linear", "knn"], margin=0.03,
         arms={"lcl": Arm("lcl", dict(image_first=0.5)),  # random order
-              "contrast": Arm("align", same_as="G")},
+              "contrast": Arm("align", runs_of="G")},
         comparisons=(("lcl", "contrast"),)),
 }
 
@@ -228,7 +230,7 @@ def run(key, name, seed):
     claim = CLAIMS[key]
     arm = claim.arms[name]
     out = f"runs/study/{key}/{name}-{seed}"
-    device = common.init_distributed()
+    device = common.init_distributed()  # of one rank
     init = None
     if arm.first is not None:
         checkpoint = train(arm.first, config(claim, arm.first, seed, f"{out}/first"))
@@ -241,7 +243,7 @@ def run(key, name, seed):
     metrics = {metric: log[-1][metric] for metric in claim.logged if metric in log[-1]}
     for task in {TASKS.get(metric, metric): None for metric in claim.metrics}:
         metrics.update(evaluate(task, checkpoint, seed, device))
-    # time of the steps alone, also of a run that was interrupted
+    # of training alone (its last stage), with its saves, also of a run that was interrupted
     seconds = cfg.steps * cfg.batch * statistics.mean(1 / row["images_per_s"] for row in log)
     commit = ""
     with contextlib.suppress(OSError):  # no git
@@ -261,7 +263,7 @@ def run_missing(key, seeds):
     """The runs of a claim that have no line yet."""
     for seed in seeds:
         for name, arm in CLAIMS[key].arms.items():
-            where = arm.same_as or key
+            where = arm.runs_of or key
             if (where, name, seed) not in read_results():
                 print(f"\n{where}, {name}, seed {seed}", flush=True)
                 run(where, name, seed)
@@ -283,7 +285,7 @@ def read_results():
 
 def values_of(results, key, name, metric, seeds):
     """{seed: value} of the finished runs of an arm."""
-    key = CLAIMS[key].arms[name].same_as or key
+    key = CLAIMS[key].arms[name].runs_of or key
     lines = {seed: results[key, name, seed] for seed in seeds if (key, name, seed) in results}
     return {seed: line["metrics"][metric] for seed, line in lines.items()
             if metric in line["metrics"]}
@@ -373,11 +375,13 @@ def draw(rows, path):
 def show(key, seeds):
     """Print the arms of a claim and what they are expected to take."""
     claim = CLAIMS[key]
+    runs = len(seeds) * sum(arm.share for arm in claim.arms.values() if arm.runs_of is None)
     print(f"\n{key}. {claim.text}: {len(seeds)} seeds, {claim.samples:,} samples, "
-          f"about {claim.minutes * len(seeds) * len(claim.arms)} minutes")
+          f"about {claim.minutes * runs:.0f} minutes")
     for name, arm in claim.arms.items():
-        print(f"    {name:<16}{arm.script:<6}{n_steps(claim, arm):>5} steps  "
-              f"{arm.settings} {arm.toy}")
+        first = f", first {arm.first.settings}" if arm.first is not None else ""
+        print(f"    {name:<18}{arm.script:<6}{n_steps(claim, arm):>5} steps  "
+              f"{arm.settings} {arm.toy}{first}")
     for arm, reference in claim.comparisons:
         print(f"    judged: {claim.metrics[0]}, {arm} minus {reference}")
 
@@ -387,15 +391,16 @@ def main(argv=None):
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("claims", nargs="*", metavar="CLAIM", help=f"{' '.join(CLAIMS)} [all]")
     parser.add_argument("--seeds", type=int, choices=range(1, 11), help="[as many as a claim says]")
-    parser.add_argument("--run", nargs=3, metavar=("CLAIM", "ARM", "SEED"), help="one run, again")
-    parser.add_argument("--list", action="store_true", help="claims, arms, expected minutes")
-    parser.add_argument("--report", action="store_true", help="tables of what has been run")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--run", nargs=3, metavar=("CLAIM", "ARM", "SEED"), help="one run alone")
+    modes.add_argument("--list", action="store_true", help="claims, arms, expected minutes")
+    modes.add_argument("--report", action="store_true", help="tables of what has been run")
     args = parser.parse_args(argv)
     if args.run:
         key, name, seed = args.run
-        if key not in CLAIMS or name not in CLAIMS[key].arms or not seed.isdigit():
+        if key not in CLAIMS or name not in CLAIMS[key].arms or not seed.isdecimal():
             raise common.UserError(f"--run {key} {name} {seed}: --list names claims and arms")
-        run(key, name, int(seed))
+        run(CLAIMS[key].arms[name].runs_of or key, name, int(seed))
         return
     for key in args.claims:
         if key not in CLAIMS:
@@ -411,7 +416,7 @@ def main(argv=None):
         if not args.report:
             run_missing(key, seeds)
         rows += report(read_results(), key, seeds)
-    if rows and not args.claims:
+    if rows and not args.claims and not args.seeds:
         draw(rows, PATH.replace(".jsonl", ".png"))
 
 

@@ -48,7 +48,7 @@ def results(monkeypatch, tmp_path):
         text = ""
         for name, of_seeds in values.items():
             for seed, value in enumerate(of_seeds):
-                where = study.CLAIMS[key].arms[name].same_as or key
+                where = study.CLAIMS[key].arms[name].runs_of or key
                 line = {"claim": where, "arm": name, "seed": seed, "seconds": 100 * value,
                         "metrics": dict.fromkeys(study.CLAIMS[key].metrics, value)}
                 text += json.dumps(line) + "\n"
