@@ -20,7 +20,8 @@ their name before the first dot:
          "qa": [{"question": "is it red?", "answer": "yes"}],
          "text_list": ["This is a dog.", "Good night."],
          "image_info": [{"image_name": "KEY.0.jpg", "matched_text_index": 0, "matched_sim": 0.3}]}
-      of which the last two are a document, whose images are KEY.0.jpg, KEY.1.jpg, ...
+      boxes are in pixels from the top left corner; the last two fields are a document, whose images
+      are KEY.0.jpg, KEY.1.jpg, ...
 
 Read in this order: Index (where each sample lies), Sample (what is in it), ShuffledOrder (which
 sample at which step), TrainingSet (a row, or the next sample's where one cannot be used),

@@ -92,7 +92,7 @@ RGB = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 def painted_sample(boxes=BOXES, size=(96, 64), orientation=None, **fields):
     """A data.Sample: a gray image whose boxes are filled with the colors of their texts.
 
-    size: width, height. orientation: EXIF tag. fields: more of its json ("boxes" replaces them).
+    size: width, height. orientation: EXIF tag. fields: more of its json.
     """
     pixels = np.full((size[1], size[0], 3), 128, np.uint8)
     for box in boxes:

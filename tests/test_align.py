@@ -17,17 +17,6 @@ from conftest import tiny_config
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def unit_pairs(n):
-    """Two sets of n unit vectors in float64 that need gradients."""
-    generator = torch.Generator().manual_seed(0)
-    image, text = F.normalize(torch.randn(2, n, 5, generator=generator).double(), dim=2)
-    return image.requires_grad_(), text.requires_grad_()
-
-
-def temperature(value):
-    return torch.tensor(value, dtype=torch.float64, requires_grad=True)
-
-
 def by_definition(image, text, temperature, smoothing):
     """The targets as a matrix, a softmax over rows and one over columns."""
     logits = image @ text.T / temperature
@@ -42,13 +31,14 @@ def by_definition(image, text, temperature, smoothing):
 
 @pytest.mark.parametrize("smoothing,chunk", [(0.0, 0), (0.1, 3)])
 def test_loss_and_gradients_equal_the_definition(smoothing, chunk):
-    image, text = unit_pairs(7)
-    t = temperature(0.3)
-    ours = contrastive_loss(image, text, t, smoothing, chunk)
-    theirs = by_definition(image, text, t, smoothing)
+    vectors = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    image, text = F.normalize(vectors.requires_grad_(), dim=2)
+    temperature = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    ours = contrastive_loss(image, text, temperature, smoothing, chunk)
+    theirs = by_definition(image, text, temperature, smoothing)
     assert ours.item() == pytest.approx(theirs.item(), abs=1e-12)
-    ours = torch.autograd.grad(ours, (image, text, t))
-    theirs = torch.autograd.grad(theirs, (image, text, t))
+    ours = torch.autograd.grad(ours, (vectors, temperature), retain_graph=True)
+    theirs = torch.autograd.grad(theirs, (vectors, temperature))
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
 
@@ -66,7 +56,7 @@ def test_floor_under_smoothing_is_reached_at_the_margin_of_the_targets():
     rows = torch.eye(n, dtype=torch.float64)
 
     def loss_at(margin):
-        return contrastive_loss(rows, rows, temperature(1 / margin), smoothing).item()
+        return contrastive_loss(rows, rows, torch.tensor(1 / margin), smoothing).item()
 
     assert margin == pytest.approx(6.36, abs=5e-3)
     assert loss_at(margin) == pytest.approx(2 * 0.7295, abs=1e-4)
@@ -143,28 +133,22 @@ def test_the_rate_rises_over_the_warmup_and_falls_linearly():
 
 # ---- model ----
 
-@pytest.fixture
-def cfg(toy_data, tmp_path):
-    return tiny_config("align", toy_data, tmp_path)
-
-
-@pytest.fixture
-def model(cfg):
+def build(**changes):
     torch.manual_seed(0)
-    return ALIGN(cfg).double()
+    return ALIGN(tiny_config("align", "no data", "no folder", **changes)).double()
 
 
-def test_image_embedding_is_the_normalized_mean_patch(model):
+def test_image_embedding_is_the_normalized_mean_patch():
+    model = build()
     images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
     tokens = model.vision(images)
     expected = F.normalize(tokens[:, 1:].mean(1), dim=1)
     torch.testing.assert_close(model.encode_image(images), expected)
 
 
-def test_held_out_images_are_squashed_and_cropped_in_the_middle(model):
+def test_held_out_images_are_squashed_and_cropped_in_the_middle():
     image = data.Image.new("RGB", (40, 20), "red")
     image.paste((0, 0, 255), (0, 0, 2, 20))  # a margin that the crop removes
-    model.resize = 20 / 16
-    view = model.held_out_view(image)
+    view = build(resize=20 / 16).held_out_view(image)
     assert view.shape == (3, 16, 16)
     assert (view[0] > 250).all()

@@ -11,12 +11,12 @@ import subprocess
 import sys
 import tarfile
 import tracemalloc
-import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageOps
 
 import common
 import data
@@ -29,20 +29,11 @@ CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-TYPES = {"folder": tarfile.DIRTYPE, "link": tarfile.SYMTYPE, "device": tarfile.CHRTYPE}
-
-
-def write_tar(path, members, format=tarfile.USTAR_FORMAT):
-    """members: [(name, bytes, or a key of TYPES for what is no file)] -> path"""
-    with tarfile.open(path, "w", format=format) as tar:
-        for name, value in members:
-            info = tarfile.TarInfo(name)
-            if value in TYPES:
-                info.type = TYPES[value]
-                info.linkname = "elsewhere"
-                tar.addfile(info)
-            else:
-                data.add_file(tar, name, value)
+def write_tar(path, members):
+    """members: [(name, bytes)] -> path"""
+    with tarfile.open(path, "w") as tar:
+        for name, raw in members:
+            data.add_file(tar, name, raw)
     return str(path)
 
 
@@ -52,22 +43,11 @@ def encoded(image, kind="PNG", **options):
     return raw.getvalue()
 
 
-def noise(width, height, seed=0):
-    rng = np.random.default_rng(seed)
-    return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
 def smooth(width, height):
     """Slow waves: an image that looks the same after any careful resampling."""
     x, y = np.meshgrid(np.linspace(0, 3, width), np.linspace(0, 2, height))
     waves = np.stack([np.sin(x), np.cos(y), np.sin(x + y)], -1)
     return Image.fromarray(np.uint8(127 + 120 * waves))
-
-
-def turned(orientation):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    return exif
 
 
 def reason(read, *args, **options):
@@ -92,14 +72,8 @@ def test_sources_braces_and_globs_are_joined_in_order_and_each_file_is_named_onc
     patterns = [f"{tmp_path}/{{b,a}}-{{09..10}}.tar::{tmp_path}/*.tar", f"{tmp_path}/b-09.tar"]
     names = [os.path.basename(path) for path in data.expand(patterns)]
     assert names == ["b-09.tar", "b-10.tar", "a-09.tar", "a-10.tar"]
-
-
-@pytest.mark.parametrize("pattern, names", [
-    ("{8..11}", "8 9 10 11"), ("{08..11}", "08 09 10 11"), ("{10..09}", "10 09"),
-    ("{2..0}", "2 1 0"), ("{a,b}{0..1}", "a0 a1 b0 b1"),
-])
-def test_braces_are_expanded_as_in_a_shell(pattern, names):
-    assert data.expand_braces(pattern) == names.split()
+    assert data.expand_braces("{8..10}") == ["8", "9", "10"]
+    assert data.expand_braces("{10..09}") == ["10", "09"]
 
 
 @pytest.mark.parametrize("train, test", [
@@ -133,29 +107,11 @@ def test_a_folder_whose_names_leave_the_held_out_part_open_is_refused(tmp_path, 
         data.expand(str(tmp_path), "test")
 
 
-# ---- text files ----
-
-LINES = ["red circle", "crème\u2028brûlée", "a\x0bb\x0cc\x85d", "猫"]
-
-
-@pytest.mark.parametrize("mark, end", [(b"", "\n"), (b"\xef\xbb\xbf", "\r\n")])
-def test_lines_end_at_newlines_alone_and_a_byte_order_mark_is_dropped(tmp_path, mark, end):
-    text = end.join([*LINES, "", ""])  # empty lines at the end are no lines
-    (tmp_path / "classes.txt").write_bytes(mark + text.encode())
-    assert data.read_lines_near([f"{tmp_path}/0.tar"], "classes.txt") == LINES
-
-
-@pytest.mark.parametrize("text, encoding", [("crème", "cp1252"), ("cream", "utf-16-le")])
-def test_text_that_is_not_utf8_is_refused(tmp_path, text, encoding):
-    (tmp_path / "classes.txt").write_bytes(text.encode(encoding))
-    with pytest.raises(UserError, match="classes.txt is not UTF-8"):
-        data.read_class_names([f"{tmp_path}/0.tar"])
-
-
-def test_an_empty_line_of_a_class_list_is_refused_with_its_number(tmp_path):
-    (tmp_path / "classes.txt").write_text("one\n \nthree\n")
-    with pytest.raises(UserError, match="classes.txt, line 2 is empty"):
-        data.read_lines_near([f"{tmp_path}/0.tar"], "classes.txt")
+def test_lines_end_at_newlines_alone_and_a_byte_order_mark_is_dropped(tmp_path):
+    lines = ["crème\u2028brûlée", "a\x0bb\x0cc\x85d", "猫"]
+    text = "\ufeff" + "\r\n".join([*lines, "", ""])  # empty lines at the end are no lines
+    (tmp_path / "classes.txt").write_bytes(text.encode())
+    assert data.read_class_names([f"{tmp_path}/0.tar"]) == lines
 
 
 def test_class_names_stand_beside_the_shards_or_one_folder_up_and_must_agree(tmp_path):
@@ -169,6 +125,9 @@ def test_class_names_stand_beside_the_shards_or_one_folder_up_and_must_agree(tmp
     assert data.read_class_names(shards[1:]) == ["great white shark"]
     with pytest.raises(UserError, match="/classnames.txt and .*b/classes.txt differ"):
         data.read_class_names(shards)
+    (tmp_path / "b" / "classes.txt").write_bytes("crème".encode("cp1252"))
+    with pytest.raises(UserError, match="b/classes.txt is not UTF-8"):
+        data.read_class_names(shards)
 
 
 # ---- index ----
@@ -180,32 +139,39 @@ for k in range(3):
 
 
 def test_neighbors_with_one_key_are_a_sample_until_a_suffix_is_repeated(tmp_path):
-    path = write_tar(tmp_path / "0.tar", [("Zebra.JPG", b"1"), ("Zebra.Seg.PNG", b"2"),
-                                          ("ant.Txt", b"3"), ("Ant.txt", b"4"), ("Ant.TXT", b"5")])
+    long = "päivä/猫🐱" + "k" * 130  # does not fit into a plain header
+    path = write_tar(tmp_path / "0.tar", [
+        ("Zebra.JPG", 300 * b"1"), ("Zebra.Seg.PNG", b"2"), (f"{long}.txt", b"3"),
+        (f"{long}.json", b"4"), ("ant.Txt", b"5"), ("Ant.txt", b"6"), ("Ant.TXT", b"7")])
     index = Index([path])
-    assert samples_of(index) == [("Zebra", {"jpg": b"1", "seg.png": b"2"}), ("ant", {"txt": b"3"}),
-                                 ("Ant", {"txt": b"4"}), ("Ant", {"txt": b"5"})]
+    assert samples_of(index) == [
+        ("Zebra", {"jpg": 300 * b"1", "seg.png": b"2"}), (long, {"txt": b"3", "json": b"4"}),
+        ("ant", {"txt": b"5"}), ("Ant", {"txt": b"6"}), ("Ant", {"txt": b"7"})]
     assert index.notes == {path: {data.REPEATED: 1}}
     with pytest.raises(IndexError):
-        index[4]
+        index[5]
 
 
 def test_members_that_belong_to_no_sample_are_left_out_and_odd_ones_are_counted(tmp_path):
     path = write_tar(tmp_path / "0.tar", [
-        ("__meta__", b"{}"), ("folder.d", "folder"), ("0.jpg", b"pixels"),
-        ("0.txt", "link"), ("README", b"!"), ("0.json", b"{}"), ("._0.jpg", b"macOS"),
-        (".DS_Store", b"macOS"), ("__MACOSX/0.jpg", b"macOS"), ("1.txt", "device"),
+        ("__meta__", b"{}"), ("0.jpg", b"pixels"), ("README", b"!"), ("0.json", b"{}"),
+        ("._0.jpg", b"macOS"), (".DS_Store", b"macOS"), ("__MACOSX/0.jpg", b"macOS"),
         (".ipynb_checkpoints/0.jpg", b"copy"), ("./1.jpg", b"more")])
+    with tarfile.open(path, "a") as tar:
+        for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE):
+            info = tarfile.TarInfo("./1.txt")
+            info.type = kind
+            tar.addfile(info)
     index = Index([path])
     assert samples_of(index) == [("0", {"jpg": b"pixels", "json": b"{}"}),
                                  ("./1", {"jpg": b"more"})]
-    assert index.warnings() == [f"{path}: links left out (1), hidden files left out (4)"]
+    assert index.warnings() == [f"{path}: hidden files left out (4), links left out (1)"]
 
 
-@pytest.mark.parametrize("suffixes", [["jpg", "txt"], ["jpg"]])
-def test_samples_lost_to_dots_in_their_names_are_counted(tmp_path, suffixes):
-    names = [f"frame_2024.05.01_{i:04d}.{suffix}" for i in range(20) for suffix in suffixes]
-    path = write_tar(tmp_path / "0.tar", [(name, b"x") for name in names])
+@pytest.mark.parametrize("suffix", ["txt", "jpg"])
+def test_samples_lost_to_dots_in_their_names_are_counted(tmp_path, suffix):
+    files = [(f"frame_2024.05.01_{i:04d}.{suffix}", b"x") for i in range(20)]
+    path = write_tar(tmp_path / "0.tar", files)
     index = Index([path])
     assert len(index) == 1
     assert index.warnings() == [f"{path}: samples lost, as keys end at the first dot of a file "
@@ -215,7 +181,6 @@ def test_samples_lost_to_dots_in_their_names_are_counted(tmp_path, suffixes):
 def test_every_cut_is_counted_or_harmless_and_what_lies_before_it_is_used(tmp_path):
     raw = open(write_tar(tmp_path / "0.tar", TOY), "rb").read()
     ends = [5632, 11264, 16896]  # of the samples: 512 + 3072 and twice 512 + 512 bytes each
-    silent = 0
     for cut in range(600, len(raw), 97):
         path = tmp_path / f"{cut}.tar"
         path.write_bytes(raw[:cut])
@@ -223,22 +188,8 @@ def test_every_cut_is_counted_or_harmless_and_what_lies_before_it_is_used(tmp_pa
         n_whole = sum(end <= cut for end in ends)
         assert len(scan.samples) >= n_whole
         assert (scan.members["sample"] < n_whole).sum() == 3 * n_whole
-        if not scan.notes:
-            silent += 1
-            assert len(scan.samples) == 3 and cut >= ends[-1] + 512  # in the zeros at the end
-        else:
-            assert scan.notes in ({data.CUT: 1}, {data.NOT_TAR: 1})
-    assert 0 < silent < (len(raw) - ends[-1]) / 97
-
-
-@pytest.mark.parametrize("start, n_bytes", [(3584 + 150, 1), (15872, 20)])
-def test_a_damaged_header_does_not_pass_for_the_end(tmp_path, start, n_bytes):
-    path = write_tar(tmp_path / "0.tar", TOY)
-    with open(path, "r+b") as f:
-        f.seek(start)  # the second header's checksum, or the last header's name
-        f.write(n_bytes * b"\x01")
-    index = Index([path])
-    assert index.notes == {path: {data.CUT: 1}} and index[0].members["jpg"] == 3000 * b"A"
+        is_harmless = cut >= ends[-1] + 512  # in the zeros at the end
+        assert scan.notes == ({} if is_harmless else {data.CUT: 1})
 
 
 def test_bad_archives_are_named_and_the_others_are_used(tmp_path):
@@ -251,44 +202,27 @@ def test_bad_archives_are_named_and_the_others_are_used(tmp_path):
     empty = write_tar(tmp_path / "3.tar", [])
     joined = tmp_path / "4.tar"
     joined.write_bytes(raw + raw)
-    index = Index([str(page), good, str(compressed), empty, str(joined)])
-    assert index.starts.tolist() == [0, 0, 3, 3, 3, 6] and index[2].members["txt"] == b"CC"
+    damaged = tmp_path / "5.tar"  # the header of 1.txt does not pass for the end
+    damaged.write_bytes(raw[:10240] + 20 * b"\x01" + raw[10260:])
+    index = Index([str(page), good, str(compressed), empty, str(joined), str(damaged)])
+    assert index.starts.tolist() == [0, 0, 3, 3, 3, 6, 8] and index[2].members["txt"] == b"CC"
     assert index.notes == {str(page): {data.NOT_TAR: 1}, str(compressed): {data.COMPRESSED: 1},
-                           str(joined): {data.JOINED: 1}}
+                           str(joined): {data.JOINED: 1}, str(damaged): {data.CUT: 1}}
     with pytest.raises(UserError, match="no sample"):
         Index([empty])
-    with pytest.raises(UserError, match="5.tar cannot be read .No such file"):
-        Index([good, str(tmp_path / "5.tar")])
-
-
-@pytest.mark.parametrize("format, key", [
-    (tarfile.PAX_FORMAT, "päivä/猫🐱" + "k" * 130),
-    (tarfile.GNU_FORMAT, "k" * 93),  # .jpg fits into a header, .seg.png does not
-])
-def test_long_and_foreign_names_are_read_in_all_dialects(tmp_path, format, key):
-    members = [("0.txt", b"zero"), (f"{key}.jpg", 300 * b"one"), (f"{key}.seg.png", b"two"),
-               ("2.txt", b"three")]
-    index = Index([write_tar(tmp_path / "0.tar", members, format)])
-    assert samples_of(index) == [("0", {"txt": b"zero"}),
-                                 (key, {"jpg": 300 * b"one", "seg.png": b"two"}),
-                                 ("2", {"txt": b"three"})]
+    with pytest.raises(UserError, match="6.tar cannot be read .No such file"):
+        Index([good, str(tmp_path / "6.tar")])
 
 
 def test_the_cache_is_used_until_a_shard_changes(tmp_path, monkeypatch):
-    class Scanned(Exception):
-        pass
-
-    def scan(path):
-        raise Scanned
-
     paths = [write_tar(tmp_path / "0.tar", TOY), write_tar(tmp_path / "1.tar", TOY[:3])]
     whole = samples_of(Index(paths))
-    monkeypatch.setattr(data, "scan", scan)
+    monkeypatch.setattr(data, "scan", None)  # to call it is a TypeError
     assert samples_of(Index(paths)) == whole
-    with pytest.raises(Scanned):
+    with pytest.raises(TypeError):
         Index(paths[::-1])  # another order is another index
     os.utime(paths[0], ns=(10**18, 10**18))
-    with pytest.raises(Scanned):
+    with pytest.raises(TypeError):
         Index(paths)
 
 
@@ -298,40 +232,33 @@ def test_a_cache_that_was_cut_short_is_made_anew(tmp_path, table):
     index = Index([path])
     whole = samples_of(index)
     file = f"{index.cache}.{table}"
-    raw = open(file, "rb").read()
-    for n_bytes in (0, 1, len(raw) - 1):
+    for n_bytes in (0, os.path.getsize(file) - 1):
         os.truncate(file, n_bytes)
         assert samples_of(Index([path])) == whole
-        assert open(file, "rb").read() == raw
     os.remove(file)
     assert samples_of(Index([path])) == whole
 
 
-def test_many_shards_are_scanned_by_other_processes_with_the_same_result(tmp_path):
+def test_many_shards_are_scanned_by_other_processes_which_get_an_index_as_its_paths(tmp_path):
     paths = []
     want = []
     for k in range(50):
         members = [(f"{k}_{i}.{k}.png", b"%d" % i) for i in range(k % 4)]
         paths.append(write_tar(tmp_path / f"{k}.tar", members))
         want += [(f"{k}_{i}", {f"{k}.png": b"%d" % i}) for i in range(k % 4)]
-    assert samples_of(Index(paths)) == want
-
-
-def test_an_index_travels_to_another_process_as_its_paths(tmp_path):
-    index = Index([write_tar(tmp_path / "0.tar", TOY)])
+    index = Index(paths)
+    assert samples_of(index) == want
     packed = pickle.dumps(index)
-    assert len(packed) < 500 and samples_of(pickle.loads(packed)) == samples_of(index)
+    assert b"png" not in packed and samples_of(pickle.loads(packed)) == want
 
 
-def test_memory_does_not_grow_with_what_tarfile_knows_of_the_members(tmp_path):
-    peaks = []
-    for n in (1000, 4000):
-        path = write_tar(tmp_path / f"{n}.tar", [(f"{i:06d}.txt", b"") for i in range(n)])
-        tracemalloc.start()
-        Index([path])
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
-    assert peaks[1] - peaks[0] < 3000 * 200  # bytes; tarfile's own list takes 1,000 a member
+def test_scanning_a_shard_keeps_no_more_of_its_members_than_the_tables(tmp_path):
+    path = write_tar(tmp_path / "0.tar", [(f"{i}.txt", b"") for i in range(3000)])
+    tracemalloc.start()
+    data.scan(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2e6  # bytes, 1e6 of a buffer; tarfile's own list would take 3e6
 
 
 def test_a_shard_that_is_rewritten_or_goes_is_skipped_and_never_mixed_with_the_index(tmp_path):
@@ -378,53 +305,30 @@ def test_sixteen_bits_keep_their_high_byte():
     assert np.array_equal(pixels, np.repeat((deep // 256)[..., None], 3, 2))
 
 
-def turn(pixels, orientation):
-    """The eight orientations, as the EXIF standard draws them."""
-    if orientation >= 5:
-        pixels = pixels.swapaxes(0, 1)
-    if orientation in (2, 3, 6, 7):
-        pixels = np.fliplr(pixels)
-    if orientation in (3, 4, 7, 8):
-        pixels = np.flipud(pixels)
-    return pixels
-
-
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_images_and_masks_are_turned_upright_by_exif(orientation):
-    pixels = noise(6, 4)
-    sample = Sample("k", {
-        "png": encoded(Image.fromarray(pixels), exif=turned(orientation)),
-        "seg.png": encoded(Image.fromarray(pixels[..., 0] % 200))})
-    assert np.array_equal(np.asarray(sample.image()), turn(pixels, orientation))
-    assert np.array_equal(sample.mask(), turn(pixels[..., 0] % 200, orientation))
-    assert sample.size() == sample.image().size
+def test_images_masks_and_boxes_are_turned_upright_by_exif(orientation):
+    sample = painted_sample(orientation=orientation)
+    want = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(sample.image_bytes()))))
+    classes = np.asarray(painted_sample().image())[..., 0] % 200  # stored as the image is
+    sample.members["seg.png"] = encoded(Image.fromarray(classes))
+    assert np.array_equal(sample.image(), want) and sample.size() == sample.image().size
+    assert np.array_equal(sample.mask(), want[..., 0] % 200)
+    for x, y, w, h, text in sample.boxes():
+        rows, columns = (want == RGB[text]).all(2).nonzero()
+        assert (x, y) == (columns.min(), rows.min())
+        assert (x + w, y + h) == (columns.max() + 1, rows.max() + 1)
 
 
-@pytest.mark.parametrize("is_checked", [True, False])
-@pytest.mark.parametrize("name", [b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"pHYs"])
-def test_a_png_whose_metadata_is_damaged_keeps_its_pixels(name, is_checked):
-    info = PngImagePlugin.PngInfo()
-    info.add_text("a", "b" * 20)
-    info.add_text("z", "q" * 50, zip=True)
-    info.add_itxt("i", "x" * 20)
-    pixels = noise(6, 4)
-    raw = encoded(Image.fromarray(pixels), pnginfo=info, exif=turned(1), dpi=(72, 72))
-    start = raw.index(name) + 4
-    end = start + int.from_bytes(raw[start - 8:start - 4], "big")
-    damaged = raw[start - 4:start] + np.random.default_rng(0).bytes(end - start)
-    checksum = raw[end:end + 4]
-    if is_checked:  # the checksum is right, the content is not
-        checksum = zlib.crc32(damaged).to_bytes(4, "big")
-    image = Sample("k", {"png": raw[:start - 4] + damaged + checksum + raw[end + 4:]}).image()
-    assert np.array_equal(np.asarray(image), pixels)
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
-def test_an_image_whose_exif_is_damaged_keeps_its_pixels(kind):
-    plain = Sample("k", {"jpg": encoded(smooth(24, 16), kind)}).image()
-    exif = turned(6).tobytes()
-    damaged = encoded(smooth(24, 16), kind, exif=b"Exif\0\0XXXXXXXX" + exif[14:])  # not a TIFF's
-    assert np.array_equal(Sample("k", {"jpg": damaged}).image(), plain)
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "PNG"])
+def test_an_image_whose_metadata_are_damaged_keeps_its_pixels(kind):
+    pixels = Sample("k", {"jpg": encoded(smooth(24, 16), kind)}).image()
+    raw = encoded(smooth(24, 16), kind, exif=b"Exif\0\0" + 20 * b"X", dpi=(72, 72))
+    assert np.array_equal(Sample("k", {"jpg": raw}).image(), pixels)
+    if kind == "PNG":  # whose chunks have checksums
+        for name in (b"eXIf", b"pHYs"):
+            start = raw.index(name) + 8
+            raw = raw[:start] + b"??" + raw[start + 2:]
+            assert np.array_equal(Sample("k", {"jpg": raw}).image(), pixels)
 
 
 def test_a_bomb_is_refused_by_its_header_without_decoding(monkeypatch):
@@ -445,24 +349,16 @@ def test_a_jpeg_is_decoded_at_a_fraction_with_both_sides_at_least_min_size(heigh
     assert np.abs(error).mean() < 2
 
 
-# ---- masks and boxes ----
-
-def masked(mask, size=(6, 4), **options):
-    raw = encoded(Image.fromarray(noise(*size)), **options)
-    return Sample("k", {"png": raw, "seg.png": encoded(mask)})
-
-
-def test_255_is_unlabeled_in_eight_bits_and_a_class_in_sixteen():
+@pytest.mark.parametrize("mode, value", [(np.uint8, 0), ("palette", 0), (np.uint16, 255)])
+def test_255_is_unlabeled_in_eight_bits_and_a_class_in_sixteen(mode, value):
     classes = np.arange(24).reshape(4, 6)
     classes[0, 0] = 255
-    want = classes.copy()
-    want[0, 0] = 0
-    palette = Image.fromarray(classes.astype(np.uint8))
-    palette.putpalette(list(range(256)) * 3)
-    for mask in (Image.fromarray(classes.astype(np.uint8)), palette):
-        assert np.array_equal(masked(mask).mask(), want)
-    deep = masked(Image.fromarray(classes.astype(np.uint16))).mask()
-    assert np.array_equal(deep, classes) and deep.dtype == np.int32
+    stored = Image.fromarray(classes.astype(np.uint8 if mode == "palette" else mode))
+    if mode == "palette":
+        stored.putpalette(list(range(256)) * 3)
+    sample = painted_sample([], size=(6, 4))
+    sample.members["seg.png"] = encoded(stored)
+    assert sample.mask().tolist() == [[value, *classes[0, 1:]], *classes[1:].tolist()]
 
 
 def with_boxes(records, name="boxes"):
@@ -480,33 +376,19 @@ def test_boxes_and_segments_are_read_alike_and_cut_at_the_edges():
 
 def test_malformed_boxes_are_left_out():
     good = BOXES[0]
-    bad = [None, "bbox", [1, 2, 3, 4], {"bbox": [], "name": "a"}, {"x": 1, "text": "a"}]
+    bad = [None, "bbox", {"bbox": [], "name": "a"}, {"x": 1, "text": "a"}]
     for changes in ({"text": ""}, {"text": 5}, {"w": 0}, {"x": "left"}, {"y": 64}, {"y": -14},
                     {"w": math.nan}, {"x": 10**400}, {"x": -math.inf, "w": math.inf}):
         bad.append({**good, **changes})
     for record in bad:
-        assert reason(with_boxes([record]).boxes, 96, 64) == "no box", record
-    wide = {"x": 3, "y": 3, "w": 1e300, "h": 9, "text": "wide"}
-    assert with_boxes([*bad, good, wide]).boxes() == [(6, 5, 20, 14, "red"),
-                                                            (3, 3, 93, 9, "wide")]
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_boxes_follow_the_pixels_through_every_orientation(orientation):
-    sample = painted_sample(orientation=orientation)
-    image = sample.image()
-    pixels = np.asarray(image).astype(int)
-    assert image.size == ((64, 96) if orientation > 4 else (96, 64))
-    for x, y, w, h, text in sample.boxes():
-        rows, columns = (np.abs(pixels - RGB[text]).max(2) < 80).nonzero()
-        assert (x, y) == (columns.min(), rows.min())
-        assert (x + w, y + h) == (columns.max() + 1, rows.max() + 1)
+        assert reason(with_boxes([record]).boxes) == "no box", record
+    assert with_boxes([*bad, good]).boxes() == [(6, 5, 20, 14, "red")]
 
 
 # ---- documents ----
 
-def document_sample(n_images=4, **record):
-    images = {f"{i}.png": encoded(Image.new("RGB", (2, 2), (i, 0, 0))) for i in range(n_images)}
+def document_sample(**record):
+    images = {f"{i}.png": encoded(Image.new("RGB", (2, 2), (i, 0, 0))) for i in range(4)}
     return Sample("k", {"json": json.dumps(record).encode(), **images})
 
 
@@ -541,14 +423,19 @@ def test_one_of_the_images_of_a_sentence_is_drawn():
 
 # ---- views ----
 
-# 346 squared pixels: nothing to resize, and 28 = (346 - 289) // 2 of them go left and on top
-@pytest.mark.parametrize("width, height, size, full, start", [
-    (346, 346, 289, 346, 28), (61, 500, 32, 38, 3)])
-def test_one_resize_equals_resizing_everything_and_then_cropping(width, height, size, full, start):
-    whole = smooth(width, height).resize((full, full), Image.BILINEAR)
-    want = np.asarray(whole).astype(int)[start:start + size, start:start + size]
-    view = data.resize_and_crop(smooth(width, height), size).astype(int)
-    assert np.abs(view - want.transpose(2, 0, 1)).max() <= 1
+# ALIGN's view of 346 squared pixels has nothing to resize, and goes by 28 = (346 - 289) // 2
+@pytest.mark.parametrize("view, size, image_size, resized, left, top", [
+    (data.resize_and_crop, 289, (346, 346), (346, 346), 28, 28),
+    (data.resize_and_crop, 24, (61, 500), (29, 29), 2, 2),
+    (data.center_crop, 32, (192, 64), (96, 32), 32, 0),
+    (data.center_crop, 32, (64, 192), (32, 96), 0, 32),
+])
+def test_a_view_is_a_square_of_the_image_resized_as_a_whole(
+        view, size, image_size, resized, left, top):
+    image = smooth(*image_size)
+    whole = np.asarray(image.resize(resized, Image.BICUBIC)).astype(int)
+    want = whole[top:top + size, left:left + size].transpose(2, 0, 1)
+    assert np.abs(view(image, size) - want).max() <= 1
 
 
 def test_random_crops_reach_every_corner_and_the_flip_mirrors():
@@ -577,15 +464,6 @@ def test_random_boxes_lie_inside_and_have_the_wanted_area_and_shape():
         areas.append(w * h / 60000)
     assert 0.24 < min(areas) < 0.3 and 0.8 < max(areas) <= 1
     assert data.random_box(rng, 1000, 10, 0.9) == (493, 0, 13, 10)  # central: no such box exists
-
-
-@pytest.mark.parametrize("width, height, left, top", [(192, 64, 32, 0), (64, 192, 0, 32)])
-def test_the_central_crop_is_the_middle_of_the_image_with_its_short_side_resized(
-        width, height, left, top):
-    image = smooth(width, height)
-    whole = np.asarray(image.resize((width // 2, height // 2), Image.BICUBIC)).astype(int)
-    want = whole[top:top + 32, left:left + 32].transpose(2, 0, 1)
-    assert np.abs(data.center_crop(image, 32) - want).max() <= 1
 
 
 # ---- order ----
@@ -623,23 +501,17 @@ def test_the_order_is_the_rule_spelled_out(monkeypatch, seed, epoch, window):
 def test_the_tail_that_fills_no_batch_waits_for_another_epoch():
     order = ShuffledOrder(STARTS, 12, 3)  # 40 = 3 * 12 + 4
     samples = [order(step, row) for step in range(6) for row in range(12)]
-    assert samples[:36] == slow_order(STARTS, 3, 0)[:36]
-    assert samples[36:] == slow_order(STARTS, 3, 1)[:36]
+    assert samples == slow_order(STARTS, 3, 0)[:36] + slow_order(STARTS, 3, 1)[:36]
     assert ShuffledOrder(STARTS, 40, 3).steps_per_epoch == 1
 
 
 def test_ten_million_samples_are_ordered_without_listing_them():
     starts = np.arange(0, 10**7 + 1, 1000)
     tracemalloc.start()
-    sample = ShuffledOrder(starts, 4096, 5).sample(7, 5_001_234)
+    ShuffledOrder(starts, 4096, 5).sample(7, 5_001_234)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 5e6  # bytes; the epoch would be 80 MB
-    # position 5,001,234 is number 9,234 of window 78, which begins at 78 * 64,000
-    shards = common.rng(Stream.SHARDS, 5, 7).permutation(10_000)[78 * 64:79 * 64]
-    samples = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in shards])
-    common.rng(Stream.WINDOW, 5, 7, 78).shuffle(samples)
-    assert sample == samples[9234]
 
 
 # ---- batches ----
@@ -647,13 +519,11 @@ def test_ten_million_samples_are_ordered_without_listing_them():
 @pytest.fixture(scope="module")
 def numbered(tmp_path_factory):
     """An index whose sample i has the key i."""
-    folder = tmp_path_factory.mktemp("numbered")
-    paths = []
-    for shard, n in enumerate(SIZES):
-        numbers = range(STARTS[shard], STARTS[shard] + n)
-        members = [(f"{i:06d}.txt", b"caption %d" % i) for i in numbers]
-        paths.append(write_tar(folder / f"{shard}.tar", members))
-    return Index(paths)
+    folder = str(tmp_path_factory.mktemp("numbered"))
+    samples = [(f"{i:06d}", {"txt": b"a caption"}) for i in range(40)]
+    shards = [samples[first:end] for first, end in zip(STARTS, STARTS[1:])]
+    data.write_shards(shards, folder, "train")
+    return Index(data.expand(folder))
 
 
 def number(sample, rng):
@@ -700,21 +570,17 @@ def without(numbers):
     return example
 
 
-@pytest.mark.parametrize("positions", [[8, 9, 10], [38, 39, 0, 1]])
+# three rows want the samples at 8, 9 and 10, and skip 3, 2 and 1; an epoch's last is followed by
+# its first
+@pytest.mark.parametrize("bad, substitute, n_skipped", [
+    ([8, 9, 10], 11, 3 + 2 + 1), ([38, 39, 0, 1], 2, 4 + 3 + 2 + 1)])
 @pytest.mark.parametrize("world_size, workers", [(4, 0), (1, 1)])
 def test_a_sample_that_cannot_be_used_is_replaced_by_the_next_and_no_other_row_moves(
-        numbered, world_size, workers, positions):
+        numbered, world_size, workers, bad, substitute, n_skipped):
     order = slow_order(STARTS, 3, 0)
-    want = list(order)
-    n_skipped = 0
-    for position in positions:
-        other = position
-        while other % 40 in positions:  # the epoch's last is followed by its first
-            other += 1
-            n_skipped += 1
-        want[position] = order[other % 40]
-    example = without({order[p] for p in positions})
+    example = without({order[position] for position in bad})
     batches = all_ranks(numbered, 5, example, world_size, workers)
+    want = [order[substitute if position in bad else position] for position in range(40)]
     assert batches["n"].flatten().tolist() == want
     counts = dict(zip(data.REASONS, batches["skipped"].sum(0).tolist()))
     assert counts["no image"] == sum(counts.values()) == n_skipped
@@ -726,18 +592,15 @@ def test_when_no_sample_can_be_used_the_run_ends_with_one_line(numbered):
 
 
 def test_rows_of_two_kinds_alternate_evenly_and_each_has_its_own_order(numbered):
-    class Cfg:
-        batch = 8
-        seed = 3
-
-    sources, share = data.two_sources(Cfg, [numbered, numbered], 0.25, number)
+    cfg = SimpleNamespace(batch=8, seed=3)
+    sources, share = data.two_sources(cfg, [numbered, numbered], 0.25, number)
     halves = [data.BatchDataset(sources, 8, rank, 2, share)[0]["n"] for rank in (0, 1)]
     first = slow_order(STARTS, 3, 0)
     second = slow_order(STARTS, 4, 0)
     assert torch.cat(halves).tolist() == [*first[:3], second[0], *first[3:6], second[1]]
-    sources, share = data.two_sources(Cfg, [None, numbered], 0.25, number)
+    sources, share = data.two_sources(cfg, [None, numbered], 0.25, number)
     assert data.BatchDataset(sources, 8, share=share)[0]["n"].tolist() == second[:8]
-    sources, share = data.two_sources(Cfg, [numbered, None], 0.25, number)
+    sources, share = data.two_sources(cfg, [numbered, None], 0.25, number)
     assert data.BatchDataset(sources, 8, share=share)[0]["n"].tolist() == first[:8]
 
 
@@ -748,17 +611,15 @@ class Endless(torch.utils.data.Dataset):
         return {"step": torch.full((1000,), step), "skipped": torch.zeros(len(data.REASONS))}
 
 
-def start_workers(n):
-    """Batches of n workers, and their processes."""
+def test_a_worker_ignores_signals_to_the_group_and_a_killed_one_is_one_line():
     others = torch.multiprocessing.active_children()  # of other tests
-    batches = data.loader(Endless(), 0, 10**6, n, CPU)
-    for _ in range(9):  # all workers are at work
-        next(batches)
-    return batches, [p for p in torch.multiprocessing.active_children() if p not in others]
-
-
-def test_a_killed_worker_is_one_line():
-    batches, (worker,) = start_workers(1)
+    batches = data.loader(Endless(), 0, 10**6, 1, CPU)
+    steps = [int(next(batches)["step"][0]) for _ in range(9)]  # the worker is at work
+    worker, = [p for p in torch.multiprocessing.active_children() if p not in others]
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        os.kill(worker.pid, number)
+    steps += [int(next(batches)["step"][0]) for _ in range(50)]
+    assert steps == list(range(59))
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise in this test
     os.kill(worker.pid, signal.SIGKILL)
     with pytest.raises(UserError, match="a loader worker died .*fewer --workers"):
@@ -767,26 +628,15 @@ def test_a_killed_worker_is_one_line():
     signal.signal(signal.SIGCHLD, handler)
 
 
-def test_signals_to_the_group_leave_the_workers_alone_and_close_ends_them():
-    batches, workers = start_workers(2)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        for worker in workers:
-            os.kill(worker.pid, number)
-    steps = [int(next(batches)["step"][0]) for _ in range(50)]
-    assert steps == list(range(9, 59)) and len(workers) == 2
-    batches.close()
-    for worker in workers:
-        worker.join(5)
-        assert not worker.is_alive()
-
-
 def test_an_exception_in_a_step_ends_the_process_and_its_workers():
     code = """if True:
         import torch, data
         class Endless(torch.utils.data.Dataset):
             def __getitem__(self, step):
                 return {"step": torch.zeros(9), "skipped": torch.zeros(9)}
-        next(data.loader(Endless(), 0, 10 ** 6, 2, torch.device("cpu")))
+        batches = data.loader(Endless(), 0, 10 ** 6, 2, torch.device("cpu"))
+        for _ in range(9):
+            next(batches)
         raise KeyError("a mistake in the step")
         """
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
@@ -795,20 +645,15 @@ def test_an_exception_in_a_step_ends_the_process_and_its_workers():
 
 
 def test_too_little_shared_memory_is_one_line_before_the_first_step(monkeypatch):
-    n_bytes = sum(x.nbytes for x in Endless()[0].values())
-
-    class Status:
-        f_frsize = 1
-
     def statvfs(folder):
-        return Status
+        n_bytes = sum(x.nbytes for x in Endless()[0].values())
+        # a worker makes two batches, two are in use, one to spare
+        return SimpleNamespace(f_frsize=1, f_bavail=5 * n_bytes)
 
     monkeypatch.setattr(os, "statvfs", statvfs)
     monkeypatch.setattr(os.path, "isdir", "/dev/shm".__eq__)
-    Status.f_bavail = n_bytes * 5  # a worker makes two, two are in use, one to spare
     data.loader(Endless(), 0, 1, 1, CPU)
-    with pytest.raises(UserError, match="/dev/shm has .*--workers 0"):
-        data.loader(Endless(), 0, 1, 2, CPU)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="/dev/shm has .*--workers 0"):
-        data.loader(Endless(), 0, 1, 1, CPU)
+    for workers, ranks in ((2, 1), (1, 2)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        with pytest.raises(UserError, match="/dev/shm has .*--workers 0"):
+            data.loader(Endless(), 0, 1, workers, CPU)

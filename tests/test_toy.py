@@ -5,7 +5,6 @@ import json
 import os
 import re
 import tarfile
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 from PIL import Image
 
 import data
+import m3i
 
 HOW = "left of|right of|above|below"
 COUNTS = {"one": 1, "two": 2, "three": 3, "four": 4}
@@ -34,20 +34,11 @@ def read_shards(folder, split="train"):
     return [(key, members) for (_, key), members in samples.items()]
 
 
-def pixels_of(raw):
-    return np.asarray(Image.open(io.BytesIO(raw)))
-
-
 @pytest.fixture(scope="module")
 def pairs(toy_data):
-    """Records, image and mask (H, W[, 3]) and class or None of the training scenes."""
-    rows = []
-    for _, members in read_shards(f"{toy_data}/pairs"):
-        label = int(members["cls"]) if "cls" in members else None
-        rows.append(SimpleNamespace(record=json.loads(members["json"]), label=label,
-                                    image=pixels_of(members["jpg"]),
-                                    mask=pixels_of(members["seg.png"])))
-    return rows
+    """(record, {suffix: bytes}) of the training scenes."""
+    samples = read_shards(f"{toy_data}/pairs")
+    return [(json.loads(members["json"]), members) for _, members in samples]
 
 
 def lines_of(path):
@@ -65,43 +56,34 @@ def test_the_bytes_depend_on_the_arguments_alone(toy_data, tmp_path, stream):
         assert f.read(len(raw)) == raw and len(raw) > 20 * 1024
 
 
-def interrupted_part(folder, *args):
-    """In place of data.write_toy_part."""
-    data.write_lines(f"{folder}/train-00000.tar", ["half of it"])
-    raise KeyboardInterrupt
+def test_a_part_that_is_there_is_kept_and_an_interrupted_making_leaves_none(
+        toy_data, tmp_path, monkeypatch):
+    def write_toy_part(folder, *args):
+        data.write_lines(f"{folder}/train-00000.tar", ["half of it"])
+        raise KeyboardInterrupt
 
-
-def test_an_interrupted_making_leaves_no_part_behind(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "write_toy_part", interrupted_part)
+    monkeypatch.setattr(data, "write_toy_part", write_toy_part)
+    sizes = {"scenes": 256, "documents": 128}
+    root = os.path.dirname(toy_data)
+    assert data.make_toy_data(root, **sizes, parts=data.TOY_PARTS) == toy_data
+    for changes in ({"seed": 1}, {"noise": 0.5}, {"scenes": 257}):  # are another folder
+        with pytest.raises(KeyboardInterrupt):
+            data.make_toy_data(root, **{**sizes, **changes})
     with pytest.raises(KeyboardInterrupt):
-        data.make_toy_data(str(tmp_path), documents=5, parts=("docs",))
+        data.make_toy_data(str(tmp_path), parts=["docs"])
     assert list(tmp_path.rglob("*.tar")) == [] and list(tmp_path.rglob("docs")) == []
 
 
-def test_a_part_that_is_there_is_kept_and_other_arguments_are_another_folder(toy_data, monkeypatch):
-    monkeypatch.setattr(data, "write_toy_part", interrupted_part)
-    root = os.path.dirname(toy_data)
-    assert data.make_toy_data(root, scenes=256, documents=128, parts=data.TOY_PARTS) == toy_data
-    for changes in ({"seed": 1}, {"noise": 0.5}, {"scenes": 257}):
-        with pytest.raises(KeyboardInterrupt):
-            data.make_toy_data(root, **{"scenes": 256, "documents": 128, **changes})
-
-
 def test_a_run_without_data_gets_the_toy_data(monkeypatch):
-    @dataclass
-    class Cfg:
-        data: list = None
-        labels: list = None
-        val: list = None
-
     def make_toy_data(parts):
-        assert parts == ("pairs", "labels")
-        return "toy"
+        return "+".join(parts)
 
     monkeypatch.setattr(data, "make_toy_data", make_toy_data)
-    both = data.use_toy_data(Cfg(), data="pairs", labels="labels")
-    assert both == Cfg(["toy/pairs"], ["toy/labels"], ["toy/pairs", "toy/labels"])
-    assert data.use_toy_data(Cfg(labels=["x.tar"])) == Cfg(labels=["x.tar"])
+    cfg = data.use_toy_data(m3i.Config(), data="pairs", labels="labels")
+    assert cfg.data == ["pairs+labels/pairs"] and cfg.labels == ["pairs+labels/labels"]
+    assert cfg.val == [*cfg.data, *cfg.labels]
+    cfg = m3i.Config(labels=["x.tar"])
+    assert data.use_toy_data(cfg) is cfg
 
 
 # ---- classes ----
@@ -123,10 +105,11 @@ def test_no_unseen_pair_is_shown_or_named_in_training(toy_data):
 
 def test_class_numbers_are_lines_of_the_class_list(toy_data, pairs):
     classes = lines_of(f"{toy_data}/labels/classes.txt")
-    for row in pairs:
-        boxes = row.record["boxes"]
-        assert (row.label is None) == (len(boxes) > 1)
-        assert row.label is None or boxes[0]["text"].endswith(f" {classes[row.label]}")
+    for record, members in pairs:
+        boxes = record["boxes"]
+        assert ("cls" in members) == (len(boxes) == 1)
+        if "cls" in members:
+            assert boxes[0]["text"].endswith(f" {classes[int(members['cls'])]}")
     samples = read_shards(f"{toy_data}/labels", "test")
     counts = collections.Counter(int(members["cls"]) for _, members in samples)
     assert counts == {label: 16 for label in range(64)}
@@ -152,18 +135,10 @@ def stands(a, how, b):
             "below": dy > abs(dx)}[how]
 
 
-def is_third(x, low, high):
-    """Is x in the low, high or (neither) middle third? A margin of 2 pixels is nobody's."""
-    if low:
-        return x < 28
-    if high:
-        return x > 36
-    return 26 < x < 38
-
-
 def is_at(place, thing):
-    return (is_third(thing.cx, "left" in place, "right" in place)
-            and is_third(thing.cy, "top" in place, "bottom" in place))
+    """Is the center in this third of the width and of the height?"""
+    return (("left" in place) == (thing.cx < 28) and ("right" in place) == (thing.cx > 36)
+            and ("top" in place) == (thing.cy < 28) and ("bottom" in place) == (thing.cy > 36))
 
 
 def is_true(caption, things):
@@ -189,77 +164,77 @@ def is_true(caption, things):
 
 
 def test_every_caption_is_true_of_its_boxes_and_would_be_false_with_another_word(pairs):
-    swaps = [("left of", "right of"), ("above", "below"), ("small", "large"),
-             ("striped", "dotted"), ("top", "bottom")]
-    wrong = {**dict(swaps), **{b: a for a, b in swaps}, "two": "three", "three": "four"}
+    wrong = {"left of": "right of", "above": "below", "small": "large", "dotted": "striped",
+             "top": "bottom", "two": "three"}
     noticed = set()
-    for row in pairs:
-        things = things_of(row.record)
-        captions = row.record["caption"]
-        assert len(set(captions)) == 4
-        for caption in captions:
-            assert is_true(caption, things), (caption, row.record["boxes"])
-            assert len(caption.split()) <= 24
+    for record, _ in pairs:
+        things = things_of(record)
+        assert len(set(record["caption"])) == 4
+        for caption in record["caption"]:
+            assert is_true(caption, things) and len(caption.split()) <= 24, caption
             for word in set(re.findall("|".join(wrong), caption)):
                 assert not is_true(caption.replace(word, wrong[word], 1), things)
                 noticed.add(word)
     assert len(pairs) == 256 and noticed == set(wrong)
 
 
-def right_answer(question, things):
-    """The answers that fit, joined with commas: one if the question is a good one."""
-    by_name = {thing.name: thing for thing in things}
-    match = re.fullmatch(r"is there a (\w+ \w+)\?", question)
-    if match:
-        return "yes" if match[1] in by_name else "no"
-    match = re.fullmatch(r"is the (\w+ \w+) (small|large)\?", question)
-    if match:
-        return "yes" if by_name[match[1]].size == match[2] else "no"
-    match = re.fullmatch(rf"is the (\w+ \w+) ({HOW}) the (\w+ \w+)\?", question)
-    if match:
-        return "yes" if stands(by_name[match[1]], match[2], by_name[match[3]]) else "no"
-    match = re.fullmatch(r"how many (?:(\w+) )?objects are there\?", question)
-    if match:
-        return str(sum(match[1] in (None, thing.color) for thing in things))
-    match = re.fullmatch(r"what size is the (\w+ \w+)\?", question)
-    if match:
-        return by_name[match[1]].size
-    match = re.fullmatch(r"what pattern has the (\w+ \w+)\?", question)
-    if match:
-        return by_name[match[1]].texture or "plain"
-    match = re.fullmatch(r"what color is the (\w+)\?", question)
-    if match:
-        return ",".join(thing.color for thing in things if thing.shape == match[1])
-    match = re.fullmatch(r"what shape is the (\w+) object\?", question)
-    if match:
-        return ",".join(thing.shape for thing in things if thing.color == match[1])
-    match = re.fullmatch(rf"what is ({HOW}) the (\w+ \w+)\?", question)
-    here = by_name[match[2]]
-    return ",".join(t.name for t in things if t is not here and stands(t, match[1], here))
+def yes_if(condition):
+    return "yes" if condition else "no"
+
+
+def right_answers(things):
+    """{question: its answer}, of all questions that have exactly one."""
+    names = [thing.name for thing in things]
+    colors = [thing.color for thing in things]
+    shapes = [thing.shape for thing in things]
+    answers = {"how many objects are there?": str(len(things))}
+    for color in colors:
+        answers[f"how many {color} objects are there?"] = str(colors.count(color))
+    for color, shape in data.PAIRS:
+        answers[f"is there a {color} {shape}?"] = yes_if(f"{color} {shape}" in names)
+    for a in things:
+        answers[f"what size is the {a.name}?"] = a.size
+        answers[f"what pattern has the {a.name}?"] = a.texture or "plain"
+        for size in ("small", "large"):
+            answers[f"is the {a.name} {size}?"] = yes_if(a.size == size)
+        if shapes.count(a.shape) == 1:
+            answers[f"what color is the {a.shape}?"] = a.color
+        if colors.count(a.color) == 1:
+            answers[f"what shape is the {a.color} object?"] = a.shape
+        for how in HOW.split("|"):
+            for b in things:
+                answers[f"is the {a.name} {how} the {b.name}?"] = yes_if(stands(a, how, b))
+            standing = [b.name for b in things if stands(b, how, a)]
+            if len(standing) == 1:
+                answers[f"what is {how} the {a.name}?"] = standing[0]
+    return answers
 
 
 def test_every_question_has_the_one_right_answer_and_yes_is_as_likely_as_no(pairs):
-    answers = collections.Counter()
-    for row in pairs:
-        for qa in row.record["qa"]:
-            assert qa["answer"] == right_answer(qa["question"], things_of(row.record)), qa
-            answers[qa["answer"]] += 1
-    assert answers["yes"] + answers["no"] == 256
-    assert abs(answers["yes"] - answers["no"]) < 4 * 16  # deviation 16
+    counts = collections.Counter()
+    for record, _ in pairs:
+        answers = right_answers(things_of(record))
+        for qa in record["qa"]:
+            assert qa["answer"] == answers[qa["question"]], qa
+            counts[qa["answer"]] += 1
+    assert counts["yes"] + counts["no"] == 256
+    assert abs(counts["yes"] - counts["no"]) < 4 * 16  # deviation 16
 
 
 # ---- pixels ----
 
 def test_masks_and_pixels_under_the_boxes_are_what_the_boxes_say(pairs):
-    for row in pairs[:150]:
-        rest = row.mask.copy()
-        for box, thing in zip(row.record["boxes"], things_of(row.record)):
+    for record, members in pairs[:150]:
+        image = np.array(Image.open(io.BytesIO(members["jpg"])))
+        mask = np.array(Image.open(io.BytesIO(members["seg.png"])))
+        rest = mask.copy()
+        for box, thing in zip(record["boxes"], things_of(record)):
             area = (slice(box["y"], box["y"] + box["h"]), slice(box["x"], box["x"] + box["w"]))
-            inside = row.mask[area] > 0
-            assert set(row.mask[area][inside]) == {1 + data.SHAPE_NAMES.index(thing.shape)}
+            inside = mask[area] > 0
+            assert set(mask[area][inside]) == {1 + data.SHAPE_NAMES.index(thing.shape)}
             for edge in (inside[0], inside[-1], inside[:, 0], inside[:, -1]):
                 assert edge.any()  # the box is tight
-            rgb = np.median(row.image[area][inside], 0)
+            rgb = np.median(image[area][inside], 0)
             distances = {name: np.abs(rgb - known).sum() for name, known in data.COLORS.items()}
             assert thing.texture or min(distances, key=distances.get) == thing.color
             assert (thing.size == "large") == (max(box["w"], box["h"]) > 23)
