@@ -54,6 +54,7 @@ import struct
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 import typing
 import warnings
@@ -1100,9 +1101,19 @@ def loader(dataset, start_step, steps, workers, device):
         dataset, batch_size=None, sampler=range(start_step + 1, steps),
         pin_memory=device.type == "cuda", **options)
     batches = deliver(itertools.chain(first, iter(others)), device, start)
+    if options and threading.current_thread() is threading.main_thread():
+        # torch's handler raises wherever this process is; deliver notices a dead worker, too
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     # after an exception Python would wait for ever for the workers, which ignore its TERM
-    atexit.register(batches.close)
+    atexit.register(kill_workers)
+    atexit.register(batches.close)  # called first
     return batches
+
+
+def kill_workers():
+    """End those whose loader an exception keeps alive."""
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def deliver(batches, device, start):

@@ -1,6 +1,5 @@
 """A mistake that a user is likely to make ends with one line: what, value, remedy."""
 import os
-import shutil
 from dataclasses import replace
 
 import pytest
@@ -17,11 +16,6 @@ def cfg(toy_data, tmp_path):
     return tiny_config("align", toy_data, tmp_path / "run")
 
 
-def says(line, *parts):
-    for part in parts:
-        assert str(part) in line, line
-
-
 @pytest.mark.parametrize("change,parts", [
     (dict(data=["nix/{a,b}-{8..9}.tar"]), ["nix/{a,b}-{8..9}.tar", "nix/a-8.tar"]),
     (dict(val=["nix/*.tar"], eval_every=0), ["nix/*.tar"]),
@@ -31,27 +25,21 @@ def says(line, *parts):
     (dict(precision="fp16"), ["--precision fp16"]),
 ])
 def test_a_value_that_cannot_be_used_is_said_before_the_training(cfg, change, parts):
-    says(refused(align.main, replace(cfg, **change)), *parts)
+    line = refused(align.main, replace(cfg, **change))
+    assert all(part in line for part in parts), line
     assert not os.path.exists(f"{cfg.out}/last.pt")
 
 
 def test_data_without_captions_are_told_what_a_caption_is(cfg, toy_data):
     line = refused(align.main, replace(cfg, data=[f"{toy_data}/labels/test-00000.tar"]))
-    says(line, "caption", "KEY.txt")
+    assert "caption" in line and "KEY.txt" in line
 
 
 def test_held_out_shards_that_are_also_trained_on_are_named(cfg, toy_data, capsys):
-    shard = f"{toy_data}/pairs/test-00000.tar"
     mixed = replace(cfg, data=[f"{toy_data}/pairs/*.tar"], val=[f"{toy_data}/pairs"])
     evaluation.check_held_out(mixed)
-    says(capsys.readouterr().out, "1 of the held-out shards are also trained on", shard)
+    said = capsys.readouterr().out
+    assert "1 of the held-out shards are also trained on" in said
+    assert f"{toy_data}/pairs/test-00000.tar" in said
     evaluation.check_held_out(replace(mixed, data=[f"{toy_data}/pairs"]))
     assert "warning" not in capsys.readouterr().out
-
-
-def test_held_out_classes_without_names_are_said_before_the_training(cfg, toy_data, tmp_path):
-    os.makedirs(tmp_path / "up/bare")
-    shutil.copy(f"{toy_data}/labels/test-00000.tar", tmp_path / "up/bare/test-00000.tar")
-    bare = replace(cfg, val=[f"{tmp_path}/up/bare"], eval_every=0)
-    says(refused(align.main, bare), "classes.txt")
-    assert not os.path.exists(f"{cfg.out}/last.pt")

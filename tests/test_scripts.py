@@ -7,13 +7,13 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 import common
 import data
-from common import rank
 from conftest import (
     N_GPUS, ROOT, SCRIPTS, WITH_GPUS, first_gradients, refused, run, signal_at_step, tiny_config)
 
@@ -25,13 +25,6 @@ TERMS = {
     "lcl": {"gen", "con"},
     "timix": {"itc", "itm", "mlm", "pta", "mix"},
     "m3i": {"intra", "inter", "text", "class"},
-}
-PICTURES = {
-    "align": ["retrieval.png"],
-    "mug": ["reconstruction.png"],
-    "lcl": ["document.png"],
-    "timix": ["mixing.png"],
-    "m3i": ["views.png", "neighbours.png"],
 }
 
 
@@ -63,8 +56,10 @@ def test_a_run_logs_its_terms_evaluates_and_draws(whole):
     assert TERMS[name] <= set().union(*rows)
     assert state["step"] == 20 and state["method"] == cfg.method
     assert {"knn", "linear", "knn_random", "linear_random"} <= result.keys()
-    for picture in ["curves.png", *PICTURES[name]]:
-        with data.Image.open(f"{cfg.out}/{picture}") as image:
+    pictures = list(Path(cfg.out).glob("*.png"))
+    assert len(pictures) > 1
+    for picture in pictures:
+        with data.Image.open(picture) as image:
             assert len(image.convert("RGB").getcolors(1 << 24)) > 20, picture  # not blank
 
 
@@ -86,7 +81,7 @@ def test_a_finished_run_started_again_only_evaluates_and_says_so(whole, capsys):
     name, cfg, rows, state, _ = whole
     again, state_again, _ = run(main_of(name), replace(cfg, val=None))
     assert again == rows
-    same_state(state, state_again)
+    assert_same_state(state, state_again)
     assert "finished" in capsys.readouterr().out
 
 
@@ -138,12 +133,9 @@ def test_losses_of_compiled_steps_on_a_gpu_are_those_of_the_cpu(
 
 # ---- restart ----
 
-def same_state(a, b):
-    for name, x in a["model"].items():
-        assert torch.equal(x, b["model"][name]), name
-    for i, state in a["optimizer"]["state"].items():
-        for key, x in state.items():
-            assert torch.equal(torch.as_tensor(x), torch.as_tensor(b["optimizer"]["state"][i][key]))
+def assert_same_state(a, b):
+    for part in ("model", "optimizer"):
+        torch.testing.assert_close(a[part], b[part], rtol=0, atol=0)
 
 
 def without_speed(rows):
@@ -159,7 +151,7 @@ def test_stopped_by_a_signal_and_started_again_it_is_the_same_run_to_the_bit(who
     assert stopped["step"] == 9 and result == {}
     again, state_again, _ = run(main_of(name), cfg)
     assert without_speed(again) == without_speed(rows)
-    same_state(state, state_again)
+    assert_same_state(state, state_again)
 
 
 # ---- the same step in other ways ----
@@ -253,44 +245,6 @@ def test_evaluation_gives_the_same_numbers_on_any_number_of_ranks(run_on_ranks, 
     _, _, alone = run(main_of("align"), cfg)
     _, _, sharded = run_on_ranks(4, run, main_of("align"), cfg)[0]
     assert sharded == alone
-
-
-def stopped_by_rank_1(cfg):
-    if rank() == 1:
-        with signal_at_step(signal.SIGTERM, 2):
-            return run(main_of("align"), cfg)
-    return run(main_of("align"), cfg)
-
-
-def test_a_signal_to_one_rank_stops_all_at_the_same_step(run_on_ranks, toy_data, tmp_path):
-    cfg = tiny_config("align", toy_data, tmp_path / "run", steps=50, save_every=50, log_every=4)
-    (rows, state, result), _ = run_on_ranks(2, stopped_by_rank_1, cfg)
-    assert rows[-1]["step"] == 3 and state["step"] == 4 and result == {}
-
-
-def not_finite_on_rank_1(cfg):
-    align = importlib.import_module("align")
-    loss = align.contrastive_loss
-    calls = []
-
-    def poisoned(*args):
-        calls.append(1)
-        return loss(*args) * (float("nan") if len(calls) == 4 and rank() == 1 else 1)
-
-    align.contrastive_loss = poisoned
-    try:
-        align.main(cfg)
-    except common.UserError as error:
-        return str(error)
-    finally:
-        align.contrastive_loss = loss
-
-
-def test_a_nan_on_one_rank_stops_all_and_names_the_checkpoint(run_on_ranks, toy_data, tmp_path):
-    cfg = tiny_config("align", toy_data, tmp_path / "run", steps=50, save_every=2)
-    first, second = run_on_ranks(2, not_finite_on_rank_1, cfg)
-    assert first == second and "step 3" in first and "last.pt of step 2" in first
-    assert common.read_checkpoint(f"{cfg.out}/last.pt")["step"] == 2
 
 
 def test_two_processes_under_torchrun_train_evaluate_and_end_with_code_0(toy_data, tmp_path):
