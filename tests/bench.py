@@ -44,6 +44,10 @@ Measured on two cores with AVX-512, torch 2.13.0:
     timix.py, compiled                                  200 ms  eager           180 ms    1.11
     m3i.py, compiled                                    216 ms  eager           228 ms    0.95
 
+On another machine of two cores, by --peers:
+
+    ALIGN's demo with AdamW, a step                     172 ms  open_clip       183 ms    0.94
+
 On an NVIDIA H100, torch 2.11, by --gpu (TiMix compiled and LCL have not been run):
 
     align.py, 224 px, batch 128, compiled              81.4 ms  eager           104 ms    0.78
