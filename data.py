@@ -1111,9 +1111,10 @@ def loader(dataset, start_step, steps, workers, device):
 
 
 def kill_workers():
-    """End those whose loader an exception keeps alive."""
+    """End what Python would, also workers that an error keeps alive and that ignore TERM."""
     for process in multiprocessing.active_children():
-        process.kill()
+        if process.daemon:
+            process.kill()
 
 
 def deliver(batches, device, start):

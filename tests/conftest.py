@@ -89,6 +89,13 @@ BOXES = [
 RGB = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
 
+def encoded(image, kind="PNG", **options):
+    """The bytes of a file of a PIL image."""
+    raw = io.BytesIO()
+    image.save(raw, kind, **options)
+    return raw.getvalue()
+
+
 def painted_sample(boxes=BOXES, size=(96, 64), orientation=None, **fields):
     """A data.Sample: a gray image whose boxes are filled with the colors of their texts.
 
@@ -102,10 +109,9 @@ def painted_sample(boxes=BOXES, size=(96, 64), orientation=None, **fields):
     exif = Image.Exif()
     if orientation:
         exif[0x0112] = orientation
-    raw = io.BytesIO()
-    Image.fromarray(pixels).save(raw, "PNG", exif=exif)
+    raw = encoded(Image.fromarray(pixels), exif=exif)
     fields = json.dumps({"boxes": boxes, **fields})
-    return data.Sample("key", {"jpg": raw.getvalue(), "json": fields.encode()})
+    return data.Sample("key", {"jpg": raw, "json": fields.encode()})
 
 
 # ---- ranks ----

@@ -264,7 +264,7 @@ def run_missing(key, seeds):
     for seed in seeds:
         for name, arm in CLAIMS[key].arms.items():
             where = arm.runs_of or key
-            if (where, name, seed) not in read_results():
+            if (where, name, seed) not in read_results():  # read anew: others may run beside
                 print(f"\n{where}, {name}, seed {seed}", flush=True)
                 run(where, name, seed)
 

@@ -11,12 +11,11 @@ from PIL import Image
 
 import common
 import data
+from conftest import encoded
 
 
 def encode(array, kind):
-    raw = io.BytesIO()
-    Image.fromarray(np.asarray(array, np.uint8)).save(raw, kind)
-    return raw.getvalue()
+    return encoded(Image.fromarray(np.asarray(array, np.uint8)), kind)
 
 
 JPEG = encode(np.full((6, 8, 3), 90), "JPEG")

@@ -1,5 +1,4 @@
 """Converters: what of each layout reaches a reader, and what a record that cannot be used costs."""
-import io
 import json
 import os
 import re
@@ -9,12 +8,11 @@ from PIL import Image
 
 import data
 from common import UserError
+from conftest import encoded
 
 
 def image_bytes(shade):
-    raw = io.BytesIO()
-    Image.new("RGB", (8, 6), (shade, 20, 30)).save(raw, "JPEG")
-    return raw.getvalue()
+    return encoded(Image.new("RGB", (8, 6), (shade, 20, 30)), "JPEG")
 
 
 def shade_of(sample):
@@ -184,14 +182,13 @@ def test_vqa_keeps_the_ten_answers_and_takes_the_most_common(folder, capsys):
     ("objectInfo150.txt", "Idx\tRatio\tName\n1\t0.2\twall\n2\t0.1\tbuilding, edifice\n"),
 ])
 def test_ade20k_keeps_masks_as_they_are_and_names_class_0_unlabeled(tmp_path, name, table):
-    mask = io.BytesIO()
-    Image.new("L", (8, 6), 2).save(mask, "PNG")
-    write(tmp_path / "annotations" / "training" / "ADE_train_1.png", mask.getvalue())
+    mask = encoded(Image.new("L", (8, 6), 2))
+    write(tmp_path / "annotations" / "training" / "ADE_train_1.png", mask)
     write(tmp_path / "annotations" / "training" / "._ADE_train_1.png", b"macOS")
     write(tmp_path / "images" / "ADE_train_1.jpg", image_bytes(10))
     (tmp_path / name).write_text(table)
     sample, = convert(tmp_path, "ade20k", str(tmp_path / "annotations" / "training"))
-    assert sample.members == {"jpg": image_bytes(10), "seg.png": mask.getvalue()}
+    assert sample.members == {"jpg": image_bytes(10), "seg.png": mask}
     assert (tmp_path / "out" / "classes.txt").read_text() == "unlabeled\nwall\nbuilding\n"
 
 

@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 import common
 import data
 from common import Stream, UserError
-from conftest import BOXES, RGB, ROOT, painted_sample
+from conftest import BOXES, RGB, ROOT, encoded, painted_sample
 from data import Index, Sample, ShuffledOrder, Skip
 
 CPU = torch.device("cpu")
@@ -35,12 +35,6 @@ def write_tar(path, members):
         for name, raw in members:
             data.add_file(tar, name, raw)
     return str(path)
-
-
-def encoded(image, kind="PNG", **options):
-    raw = io.BytesIO()
-    image.save(raw, kind, **options)
-    return raw.getvalue()
 
 
 def smooth(width, height):

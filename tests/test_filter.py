@@ -1,5 +1,4 @@
 """ALIGN's filter rules: both sides of each threshold, what counts as a copy, what is written."""
-import io
 import json
 import os
 import re
@@ -10,15 +9,11 @@ from PIL import Image
 
 import data
 from common import UserError
-
-def encode(image, kind="PNG", **options):
-    raw = io.BytesIO()
-    image.save(raw, kind, **options)
-    return raw.getvalue()
+from conftest import encoded
 
 
 def flat(width, height, shade=0):
-    return encode(Image.new("RGB", (width, height), (shade, shade, shade)))
+    return encoded(Image.new("RGB", (width, height), (shade, shade, shade)))
 
 
 def blurry(seed):
@@ -102,10 +97,10 @@ def test_a_rare_bigram_of_frequent_words_is_enough(filtered):
 # ---- copies of evaluation images ----
 
 def test_copies_of_evaluation_images_are_found_and_other_images_are_not(tmp_path, filtered):
-    records = [(encode(blurry(i).resize((48, 32)).convert("L"), "JPEG", quality=70), f"a copy {i}")
+    records = [(encoded(blurry(i).resize((48, 32)).convert("L"), "JPEG", quality=70), f"a copy {i}")
                for i in range(5)]
-    records += [(encode(blurry(i)), f"another picture {i}") for i in range(100, 140)]
-    held_out = [(encode(blurry(i)), {}) for i in range(5)]  # without texts
+    records += [(encoded(blurry(i)), f"another picture {i}") for i in range(100, 140)]
+    held_out = [(encoded(blurry(i)), {}) for i in range(5)]  # without texts
     against = write_samples(tmp_path / "eval", held_out + [(b"no image", {})])
     assert filtered(records, against, min_side=0) == ([*range(5, 45)], {"I5": 5})
 
@@ -123,9 +118,9 @@ def test_the_command_drops_images_that_differ_in_at_most_distance_bits(tmp_path,
     for n in (4, 5):
         other = bits.copy()
         other.flat[[3, 17, 31, 40, 63][:n]] ^= 1
-        records.append((encode(picture_of_bits(other)), f"a text {n}"))
+        records.append((encoded(picture_of_bits(other)), f"a text {n}"))
     paths = write_samples(tmp_path / "in", records)
-    held_out = write_samples(tmp_path / "eval", [(encode(picture_of_bits(bits)), "a")])
+    held_out = write_samples(tmp_path / "eval", [(encoded(picture_of_bits(bits)), "a")])
     data.main(["filter", *paths, "--against", *held_out, "--out", str(tmp_path / "out"),
                "--split", "test", "--min-side", "0", "--distance", str(distance)])
     index = data.Index([tmp_path / "out" / "test-00000.tar"])

@@ -230,8 +230,8 @@ def test_targets_get_no_gradient_and_hidden_patches_are_targets_only():
             assert p.grad.ne(0).any(), name
     assert batch["second"].grad is None
     grad = model.vision.patchify(batch["first"].grad)  # (B, L, 48)
-    shown = mask | ~mask[PARTNERS]  # in its own mixture or in its partner's
-    assert grad[~shown].eq(0).all() and grad[shown].ne(0).any(1).all()
+    visible = mask | ~mask[PARTNERS]  # in its own mixture or in its partner's
+    assert grad[~visible].eq(0).all() and grad[visible].ne(0).any(1).all()
 
 
 # ---- EMA ----

@@ -63,17 +63,22 @@ def test_a_run_logs_its_terms_evaluates_and_draws(whole):
             assert len(image.convert("RGB").getcolors(1 << 24)) > 20, picture  # not blank
 
 
+def run_apart(cfg, **options):
+    """A script's main in a process of its own -> its output; options of subprocess.run."""
+    name = cfg.method.lower()
+    code = f"import {name}; {name}.main({name}.{cfg!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_a_script_runs_beside_common_and_data_alone(whole, tmp_path):
     name, cfg, *_ = whole
     for file in (name, "common", "data"):
         shutil.copy(f"{ROOT}/{file}.py", tmp_path)
-    code = (f"import {name}; from dataclasses import replace; cfg = {cfg!r}; "
-            f"{name}.main(replace(cfg, out='out', steps=2, eval_every=-1, val=None))")
-    code = code.replace("cfg = Config(", f"cfg = {name}.Config(")
+    cfg = replace(cfg, out="out", steps=2, eval_every=-1, val=None)
     env = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env,
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_apart(cfg, cwd=tmp_path, env=env)
     assert (tmp_path / "out/last.pt").exists()
 
 
@@ -120,13 +125,10 @@ def test_losses_of_compiled_steps_on_a_gpu_are_those_of_the_cpu(
     cfg = tiny_config(name, toy_data, tmp_path / "cpu", steps=3, dim=32, text_dim=32)
     rows, _, _ = run(main_of(name), cfg)
     cfg = replace(cfg, out=str(tmp_path / "gpu"), precision=precision)
-    code = f"import {name}; {name}.main({name}.{cfg!r})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=WITH_GPUS,
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    output = run_apart(cfg, cwd=ROOT, env=WITH_GPUS)
     with open(tmp_path / "gpu/log.jsonl") as f:
         on_gpu = [json.loads(line) for line in f]
-    assert " on CPU" not in done.stdout
+    assert " on CPU" not in output
     for row, other in zip(rows, on_gpu, strict=True):
         assert other["loss"] == pytest.approx(row["loss"], rel=tolerance)
 
